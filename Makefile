@@ -1,0 +1,106 @@
+# Everything a clone needs: `make demo`, `make test`. Settings: make VARIABLE=value TARGET
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+# What pip installs; for instance TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" is a smaller download.
+TORCH ?= torch==$(TORCH_VERSION)
+VENV ?= .venv
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+export FASTSEQ_CUDA FASTSEQ_DEBUG
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help venv build demo test bench lint format clean distclean FORCE
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+PATH := $(abspath $(VENV))/bin:$(PATH)
+export PATH
+STAMPS := $(VENV)/.fastseq
+say = @printf '== %s\n'
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+# --- environment and build: each step leaves a stamp, so that a second run does only what is out of date --------------
+
+# $(call record,text): a target that holds `text` and is touched only when the text changes.
+define record
+@mkdir -p $(@D); printf '%s\n' '$(1)' | cmp -s - $@ || printf '%s\n' '$(1)' > $@
+endef
+
+$(PY):
+	$(say) "venv: creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { echo "No virtual environment: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+
+$(STAMPS)/torch.wanted: FORCE | $(PY)
+	$(call record,$(TORCH))
+
+$(STAMPS)/torch: $(STAMPS)/torch.wanted
+	$(say) "venv: installing $(TORCH) and the build tools (the first time this downloads a lot)"
+	@$(PIP) install -q --upgrade "setuptools>=77" wheel ninja pybind11 numpy
+	@$(PIP) install -q $(TORCH)
+	@touch $@
+
+$(STAMPS)/build.wanted: FORCE | $(PY)
+	$(call record,FASTSEQ_CUDA=$(FASTSEQ_CUDA) FASTSEQ_DEBUG=$(FASTSEQ_DEBUG) CXX=$(CXX) CXXFLAGS=$(CXXFLAGS))
+
+# Directories are among the prerequisites too: their time changes when a file goes away. The sed keeps one short line per file.
+EXTENSION := $(wildcard fastseq/_C.*.so)
+$(STAMPS)/build: $(STAMPS)/torch $(STAMPS)/build.wanted setup.py $(shell find csrc) $(if $(EXTENSION),,FORCE)
+	$(say) "build: compiling what changed in csrc/ (a few minutes from nothing, seconds otherwise)"
+	@$(PY) setup.py -q build_ext --inplace 2>&1 | \
+	    sed -u -E 's@^(\[[0-9]+/[0-9]+\]) .* -c ([^ ]*/)?(csrc/[^ ]+) .*@\1 \3@'
+	@touch $@
+
+# fastseq editable, with optional dependencies; what was compiled above is used again.
+$(STAMPS)/install: EXTRAS := test,demo
+$(STAMPS)/bench: EXTRAS := bench
+$(STAMPS)/dev: EXTRAS := dev
+$(STAMPS)/install $(STAMPS)/bench $(STAMPS)/dev: pyproject.toml | $(STAMPS)/build
+	$(say) "venv: installing fastseq[$(EXTRAS)] into $(VENV)"
+	@$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+venv: $(STAMPS)/torch ## the virtual environment with torch and the build tools
+
+build: $(STAMPS)/build $(STAMPS)/install ## compile the extension and install fastseq into the virtual environment
+	$(say) "build: ready"
+
+# --- what the build is for --------------------------------------------------------------------------------------------
+
+demo: build ## train on handwritten digits, optimise, compare answers and times
+	$(say) "demo: examples/digits.py $(DEMO_ARGS)"
+	@$(PY) examples/digits.py $(DEMO_ARGS)
+
+test: build ## run the tests
+	$(say) "test: pytest -q $(PYTEST_ARGS)"
+	@$(PY) -m fastseq
+	@$(PY) -m pytest -q $(PYTEST_ARGS) && echo "== test: PASSED" || { echo "== test: FAILED" >&2; exit 1; }
+
+bench: build $(STAMPS)/bench ## compare speeds with other engines (many minutes)
+	$(say) "bench: benchmarks/bench_models.py $(BENCH_ARGS)"
+	@$(PY) benchmarks/bench_models.py $(BENCH_ARGS)
+
+lint: build $(STAMPS)/dev ## ruff, mypy and clang-format, changing nothing
+	$(say) "lint: ruff, mypy, clang-format"
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' | xargs -r clang-format --dry-run -Werror
+
+format: $(STAMPS)/dev ## rewrite the sources in the project's format
+	$(say) "format: ruff, clang-format"
+	@$(PY) -m ruff check -q --fix .
+	@$(PY) -m ruff format -q .
+	@git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' | xargs -r clang-format -i
+
+clean: ## remove what was built, keep the virtual environment
+	rm -rf build dist *.egg-info fastseq/_C.*.so $(STAMPS)/build $(STAMPS)/install
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the virtual environment too
+	rm -rf $(VENV)

@@ -1,0 +1,210 @@
+#include "bindings/program.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace fastseq {
+namespace {
+
+struct Segment {
+  std::shared_ptr<NativeRun> run;   // null for an eager layer
+  std::vector<py::object> layers;   // those that run, in order
+};
+
+struct Counters {
+  int64_t fused = 0, eager = 0;
+  std::map<Reason, int64_t> fallbacks;
+  void count_fallback(Reason reason) {
+    ++eager;
+    ++fallbacks[reason];
+  }
+};
+
+struct State {
+  PyObject* owner = nullptr;  // borrowed: the owner holds the program. A copy of the owner's __dict__ is not the owner.
+  std::vector<std::shared_ptr<ModuleWatch>> containers;  // the owner first
+  std::vector<Segment> segments;
+  Counters counters;
+};
+
+struct Program {
+  PyObject_HEAD
+  State* state;
+};
+
+constexpr Reason kHooked = "a layer has hooks";
+constexpr Reason kGlobalHooks = "hooks for all modules are registered";
+constexpr Reason kChanged = "changed";  // the Python side builds a new program and tries again
+
+// Null, or why no native run may be tried at all. `is_called`: through __call__, so the owner's own hooks count.
+Reason refuse_all(const State& state, PyObject* owner, bool is_called) {
+  if (owner != state.owner) return kChanged;
+  if (has_global_hooks()) return kGlobalHooks;
+  for (size_t i = 0; i < state.containers.size(); ++i) {
+    const WatchResult result = state.containers[i]->check(/*check_hooks=*/is_called || i > 0);
+    if (result == WatchResult::kChanged) return kChanged;
+    if (result == WatchResult::kHooked) return kHooked;
+  }
+  if (is_called && state.containers.front()->is_compiled()) return "torch.nn.Module.compile was called";
+  return nullptr;
+}
+
+// All segments in order; a new reference, or null with an exception set or `reason` given.
+PyObject* run_segments(State& state, PyObject* input, Reason& reason) {
+  if (state.segments.size() == 1 && state.segments.front().run) {
+    NativeRun& run = *state.segments.front().run;
+    const WatchResult watched = run.check();
+    if (watched != WatchResult::kSame) {
+      reason = watched == WatchResult::kHooked ? kHooked : kChanged;
+      return nullptr;
+    }
+    Outcome outcome = run.call(input);
+    reason = outcome.reason;
+    if (reason) return nullptr;
+    ++state.counters.fused;
+    return THPVariable_Wrap(std::move(outcome.value));
+  }
+  for (const Segment& segment : state.segments)
+    if (segment.run && segment.run->check() == WatchResult::kChanged) {
+      reason = kChanged;
+      return nullptr;
+    }
+  py::object value = py::reinterpret_borrow<py::object>(input);
+  for (const Segment& segment : state.segments) {
+    Reason refused = "an eager layer";
+    if (segment.run) {
+      // Checked again here: the layers before may have hooked or changed this run's. Then its layers run by themselves.
+      refused = segment.run->check() == WatchResult::kSame ? nullptr : kHooked;
+      if (!refused) {
+        Outcome outcome = segment.run->call(value.ptr());
+        refused = outcome.reason;
+        if (!refused) {
+          value = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(outcome.value)));
+          ++state.counters.fused;
+        }
+      }
+      if (refused) state.counters.count_fallback(refused);
+    }
+    if (!refused) continue;
+    for (const py::object& layer : segment.layers) {
+      value = py::reinterpret_steal<py::object>(PyObject_CallOneArg(layer.ptr(), value.ptr()));
+      if (!value) return nullptr;
+    }
+  }
+  return value.release().ptr();
+}
+
+State* state_of(PyObject* self) { return reinterpret_cast<Program*>(self)->state; }
+
+bool check_arguments(const char* method, Py_ssize_t count) {
+  if (count == 2) return true;
+  PyErr_Format(PyExc_TypeError, "Program.%s expects (module, input), got %zd arguments", method, count);
+  return false;
+}
+
+// call(module, input) -> result, or None if Module.__call__ must take over.
+PyObject* program_call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (!check_arguments("call", count)) return nullptr;
+  State& state = *state_of(self);
+  if (refuse_all(state, args[0], true)) Py_RETURN_NONE;
+  Reason reason = nullptr;
+  PyObject* const result = run_segments(state, args[1], reason);
+  if (!result && !PyErr_Occurred()) Py_RETURN_NONE;
+  return result;
+  END_HANDLE_TH_ERRORS
+}
+
+// forward(module, input) -> result, or the reason (str) why eager must compute it; 'changed' asks for a new program.
+PyObject* program_forward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (!check_arguments("forward", count)) return nullptr;
+  State& state = *state_of(self);
+  Reason reason = refuse_all(state, args[0], false);
+  if (!reason) {
+    PyObject* const result = run_segments(state, args[1], reason);
+    if (result || PyErr_Occurred()) return result;
+  }
+  if (reason != kChanged) state.counters.count_fallback(reason);
+  return PyUnicode_FromString(reason);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* program_stats(PyObject* self, PyObject*) {
+  HANDLE_TH_ERRORS
+  const Counters& counters = state_of(self)->counters;
+  py::dict fallbacks;
+  for (const auto& [reason, number] : counters.fallbacks) {
+    const py::str key(reason);
+    fallbacks[key] = number + (fallbacks.contains(key) ? fallbacks[key].cast<int64_t>() : 0);
+  }
+  py::dict result;
+  result["fused_calls"] = counters.fused;
+  result["eager_calls"] = counters.eager;
+  result["fallbacks"] = fallbacks;
+  return result.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* program_reset_stats(PyObject* self, PyObject*) {
+  state_of(self)->counters = Counters();
+  Py_RETURN_NONE;
+}
+
+// Program(owner, containers, segments): containers are ModuleWatch objects, the owner's first; segments are (run or None, layers).
+PyObject* program_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+  HANDLE_TH_ERRORS
+  PyObject *owner, *containers, *segments;
+  static const char* names[] = {"owner", "containers", "segments", nullptr};
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO", const_cast<char**>(names), &owner, &containers, &segments)) return nullptr;
+  auto state = std::make_unique<State>();
+  state->owner = owner;
+  for (const py::handle watch : py::reinterpret_borrow<py::list>(containers))
+    state->containers.push_back(watch.cast<std::shared_ptr<ModuleWatch>>());
+  if (state->containers.empty()) throw py::value_error("Program expects the owner's watch first");
+  for (const py::handle item : py::reinterpret_borrow<py::list>(segments)) {
+    const auto pair = item.cast<std::pair<py::object, std::vector<py::object>>>();
+    state->segments.push_back({pair.first.is_none() ? nullptr : pair.first.cast<std::shared_ptr<NativeRun>>(), pair.second});
+  }
+  PyObject* const self = type->tp_alloc(type, 0);
+  if (self) reinterpret_cast<Program*>(self)->state = state.release();
+  return self;
+  END_HANDLE_TH_ERRORS
+}
+
+void program_dealloc(PyObject* self) {
+  PyTypeObject* const type = Py_TYPE(self);
+  delete state_of(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMethodDef program_methods[] = {
+    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(program_call)), METH_FASTCALL,
+     "call(module, input) -> Tensor, or None if nn.Module.__call__ must take over"},
+    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(program_forward)), METH_FASTCALL,
+     "forward(module, input) -> Tensor, or the reason (str) for eager"},
+    {"stats", program_stats, METH_NOARGS, "Counters since the last reset."},
+    {"reset_stats", program_reset_stats, METH_NOARGS, "Set the counters to zero."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyType_Slot program_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(program_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(program_dealloc)},
+    {Py_tp_methods, program_methods},
+    {Py_tp_doc, const_cast<char*>("Native runs and eager layers of one Sequential, in order.")},
+    {0, nullptr},
+};
+
+PyType_Spec program_spec = {"fastseq._C.Program", sizeof(Program), 0, Py_TPFLAGS_DEFAULT, program_slots};
+
+}  // namespace
+
+void add_program_type(py::module_& module) {
+  PyObject* const type = PyType_FromSpec(&program_spec);
+  if (!type) throw py::error_already_set();
+  module.add_object("Program", type);
+}
+
+}  // namespace fastseq

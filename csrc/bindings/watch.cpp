@@ -1,0 +1,108 @@
+#include "bindings/watch.h"
+
+#include <array>
+
+namespace fastseq {
+namespace {
+
+// Interned names live as long as the process: no destruction order at interpreter exit to think of.
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+const std::array<PyObject*, 4>& hook_names() {
+  static const std::array<PyObject*, 4> names = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
+                                                 interned("_backward_hooks"), interned("_backward_pre_hooks")};
+  return names;
+}
+
+// The dictionary's value, borrowed, or null. The keys are interned strings, so no comparison can raise.
+PyObject* find(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }
+
+PyObject* type_forward(PyTypeObject* type) {
+  static PyObject* const name = interned("forward");
+  // Looks along the bases; borrowed.
+  return _PyType_Lookup(type, name);
+}
+
+}  // namespace
+
+ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attributes,
+                         const std::vector<std::string>& parameters, std::optional<py::tuple> children)
+    : module_(std::move(module)), type_(Py_TYPE(module_.ptr())), children_(std::move(children)) {
+  forward_ = py::reinterpret_borrow<py::object>(type_forward(type_));
+  const py::dict values = dict();
+  for (const std::string& name : attributes) {
+    PyObject* key = PyUnicode_InternFromString(name.c_str());
+    attributes_.emplace_back(py::reinterpret_steal<py::object>(key), values[key]);
+  }
+  for (const std::string& name : parameters)
+    parameters_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str())));
+}
+
+py::object ModuleWatch::dict() const {
+  return py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module_.ptr(), nullptr));
+}
+
+WatchResult ModuleWatch::check(bool check_hooks) const {
+  static PyObject* const forward_name = interned("forward");
+  static PyObject* const modules_name = interned("_modules");
+  if (Py_TYPE(module_.ptr()) != type_ || type_forward(type_) != forward_.ptr()) return WatchResult::kChanged;
+  const py::object holder = dict();
+  PyObject* const values = holder.ptr();
+  if (!values) {
+    PyErr_Clear();
+    return WatchResult::kChanged;
+  }
+  for (const auto& [name, expected] : attributes_)
+    if (find(values, name.ptr()) != expected.ptr()) return WatchResult::kChanged;
+  // A parameter of the same name in __dict__ would hide the registered one.
+  for (const py::object& name : parameters_)
+    if (find(values, name.ptr())) return WatchResult::kChanged;
+  if (find(values, forward_name)) return WatchResult::kChanged;
+  if (children_) {
+    PyObject* const modules = find(values, modules_name);
+    const Py_ssize_t count = static_cast<Py_ssize_t>(children_->size());
+    if (!modules || !PyDict_Check(modules) || PyDict_GET_SIZE(modules) != count) return WatchResult::kChanged;
+    PyObject *key, *child;
+    Py_ssize_t position = 0;
+    for (Py_ssize_t i = 0; PyDict_Next(modules, &position, &key, &child); ++i)
+      if (child != PyTuple_GET_ITEM(children_->ptr(), i)) return WatchResult::kChanged;
+  }
+  if (check_hooks) {
+    for (PyObject* name : hook_names()) {
+      PyObject* const hooks = find(values, name);
+      if (!hooks || !PyDict_Check(hooks)) return WatchResult::kChanged;
+      if (PyDict_GET_SIZE(hooks) != 0) return WatchResult::kHooked;
+    }
+  }
+  return WatchResult::kSame;
+}
+
+PyObject* ModuleWatch::parameter(size_t index) const {
+  static PyObject* const parameters_name = interned("_parameters");
+  const py::object holder = dict();
+  PyObject* const parameters = holder.ptr() ? find(holder.ptr(), parameters_name) : nullptr;
+  return parameters && PyDict_Check(parameters) ? find(parameters, parameters_[index].ptr()) : nullptr;
+}
+
+bool ModuleWatch::is_compiled() const {
+  static PyObject* const compiled_name = interned("_compiled_call_impl");
+  const py::object holder = dict();
+  PyObject* const compiled = holder.ptr() ? find(holder.ptr(), compiled_name) : nullptr;
+  return compiled && compiled != Py_None;
+}
+
+bool has_global_hooks() {
+  static const std::vector<PyObject*>* const dicts = [] {
+    auto* list = new std::vector<PyObject*>;
+    const py::object module = py::module_::import("torch.nn.modules.module");
+    for (const char* name :
+         {"_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks"})
+      list->push_back(py::object(module.attr(name)).release().ptr());
+    return list;
+  }();
+  for (PyObject* hooks : *dicts)
+    if (PyDict_GET_SIZE(hooks) != 0) return true;
+  return false;
+}
+
+}  // namespace fastseq

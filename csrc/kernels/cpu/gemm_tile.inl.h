@@ -1,0 +1,197 @@
+// gemm_tile: the register tile under convolution and Linear.
+// A tile holds kRowsT rows (pixels or batch rows) x kVec vectors of output channels in registers and walks the reduction once:
+// one vector load per weight vector, one broadcast per row and step, kRowsT * kVec fused multiply-adds.
+// Idea: implicit GEMM on NHWC, the reduction in the broadcast operand, so that channel counts need no padding; register-blocked
+// outer product as in Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
+// The sum of one output runs over k ascending in partial sums that depend on the layer only: its bits are the same for every tile
+// shape, batch size and thread count.
+
+template <int kRowsT, int kVec>
+static FASTSEQ_INLINE void accumulate(const TileJob& job, const int32_t* src_offset, Vec (&acc)[kRowsT][kVec]) {
+  const float* src[kRowsT];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRowsT; ++i) src[i] = job.src + src_offset[i];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRowsT; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < kVec; ++j) acc[i][j] = Vec{};
+
+  Vec total[kRowsT][kVec];
+  bool has_total = false;
+  const float* weight = job.weight;
+  for (int32_t r = 0; r < job.run_count; ++r) {
+    int64_t k = job.runs[r].offset;
+    const int64_t end = k + job.runs[r].length;
+    do {
+      Vec w[kVec];
+#pragma GCC unroll 16
+      for (int j = 0; j < kVec; ++j) w[j] = *reinterpret_cast<const Vec*>(weight + j * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRowsT; ++i) {
+        const Vec x = splat(src[i][k]);
+#pragma GCC unroll 16
+        for (int j = 0; j < kVec; ++j) acc[i][j] += x * w[j];
+      }
+      weight += kVec * kLanes;
+    } while (++k < end);
+    if (__builtin_expect(job.runs[r].ends_partial_sum, 0)) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRowsT; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < kVec; ++j) {
+          total[i][j] = has_total ? total[i][j] + acc[i][j] : acc[i][j];
+          acc[i][j] = Vec{};
+        }
+      has_total = true;
+    }
+  }
+  if (has_total) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRowsT; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < kVec; ++j) acc[i][j] = total[i][j] + acc[i][j];
+  }
+}
+
+template <int kVec>
+static FASTSEQ_INLINE void store_row(float* dst, const Vec (&row)[kVec], int lanes) {
+  if (__builtin_expect(lanes == kVec * kLanes, 1)) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kVec; ++j) store(dst + j * kLanes, row[j]);
+    return;
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < kVec; ++j) {
+    const int left = lanes - j * kLanes;
+    if (left >= kLanes) {
+      store(dst + j * kLanes, row[j]);
+    } else if (left > 0) {
+      store_lanes(dst + j * kLanes, row[j], left);
+    }
+  }
+}
+
+// conv2d and linear: kRowsT rows x kVec vectors per tile.
+template <int kRowsT, int kVec>
+static void tile_loop(const TileJob& job, int64_t tiles) {
+  const int32_t* src_offset = job.src_offset;
+  const int32_t* dst_offset = job.dst_offset;
+  const Vec lower = splat(job.lower);
+  for (int64_t t = 0; t < tiles; ++t, src_offset += kRowsT, dst_offset += kRowsT) {
+    Vec acc[kRowsT][kVec];
+    accumulate<kRowsT, kVec>(job, src_offset, acc);
+#pragma GCC unroll 16
+    for (int j = 0; j < kVec; ++j) {
+      const Vec bias = load(job.bias + j * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRowsT; ++i) acc[i][j] = clamp_below(acc[i][j] + bias, lower);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRowsT; ++i) store_row<kVec>(job.dst + dst_offset[i], acc[i], job.lanes);
+  }
+}
+
+// conv2d + 2x2 max-pool: rows are numbered window by window, so that a window's four sums sit in one tile.
+// The raw sums are pooled and bias, ReLU and rounding follow once per window: rounding is monotone and ReLU too, so the bits are
+// those of pooling last, for a quarter of the work.
+template <int kWindows, int kVec>
+static void pool_tile_loop(const TileJob& job, int64_t tiles) {
+  const int32_t* src_offset = job.src_offset;
+  const int32_t* dst_offset = job.dst_offset;
+  const Vec lower = splat(job.lower);
+  for (int64_t t = 0; t < tiles; ++t, src_offset += 4 * kWindows, dst_offset += kWindows) {
+    Vec acc[4 * kWindows][kVec];
+    accumulate<4 * kWindows, kVec>(job, src_offset, acc);
+#pragma GCC unroll 16
+    for (int j = 0; j < kVec; ++j) {
+      const Vec bias = load(job.bias + j * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWindows; ++i) {
+        Vec max = pool_max(acc[4 * i][j], acc[4 * i + 1][j]);
+        max = pool_max(max, acc[4 * i + 2][j]);
+        max = pool_max(max, acc[4 * i + 3][j]);
+        acc[i][j] = clamp_below(max + bias, lower);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWindows; ++i) store_row<kVec>(job.dst + dst_offset[i], acc[i], job.lanes);
+  }
+}
+
+// linear with one to three rows: kPanels panels side by side, so that there are enough independent sums to hide the latency of a
+// fused multiply-add, and the weights stream from several places at once. The panels are job.panel_stride apart.
+template <int kRowsT, int kPanelsT, int kVec>
+static void row_tile_loop(const TileJob& job, int64_t tiles) {
+  constexpr int kAll = kPanelsT * kVec;
+  const int32_t* src_offset = job.src_offset;
+  const int32_t* dst_offset = job.dst_offset;
+  const Vec lower = splat(job.lower);
+  for (int64_t t = 0; t < tiles; ++t, src_offset += kRowsT, dst_offset += kRowsT) {
+    Vec acc[kRowsT][kAll];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRowsT; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < kAll; ++j) acc[i][j] = Vec{};
+    Vec total[kRowsT][kAll];
+    bool has_total = false;
+    int64_t position = 0;
+    for (int32_t r = 0; r < job.run_count; ++r) {
+      const float* src = job.src + job.runs[r].offset;
+      const float* weight = job.weight + position * kVec * kLanes;
+      const int32_t length = job.runs[r].length;
+      for (int32_t k = 0; k < length; ++k, weight += kVec * kLanes) {
+        Vec x[kRowsT];
+#pragma GCC unroll 16
+        for (int i = 0; i < kRowsT; ++i) x[i] = splat(src[src_offset[i] + k]);
+#pragma GCC unroll 16
+        for (int p = 0; p < kPanelsT; ++p)
+#pragma GCC unroll 16
+          for (int j = 0; j < kVec; ++j) {
+            const Vec w = *reinterpret_cast<const Vec*>(weight + p * job.panel_stride + j * kLanes);
+#pragma GCC unroll 16
+            for (int i = 0; i < kRowsT; ++i) acc[i][p * kVec + j] += x[i] * w;
+          }
+      }
+      position += length;
+      if (__builtin_expect(job.runs[r].ends_partial_sum, 0)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kRowsT; ++i)
+#pragma GCC unroll 16
+          for (int j = 0; j < kAll; ++j) {
+            total[i][j] = has_total ? total[i][j] + acc[i][j] : acc[i][j];
+            acc[i][j] = Vec{};
+          }
+        has_total = true;
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRowsT; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kAll; ++j) {
+        if (has_total) acc[i][j] = total[i][j] + acc[i][j];
+        acc[i][j] = clamp_below(acc[i][j] + load(job.bias + j * kLanes), lower);
+      }
+      store_row<kAll>(job.dst + dst_offset[i], acc[i], (kPanelsT - 1) * kVec * kLanes + job.lanes);
+    }
+  }
+}
+
+// Independent multiply-adds on as many accumulators as a tile has: the rate no tile can exceed.
+static double fma_probe(int64_t iterations, float* sink) {
+  constexpr int kChains = 12;
+  Vec acc[kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) acc[i] = splat(static_cast<float>(i));
+  const Vec x = splat(0.5f), y = splat(*sink);
+  for (int64_t n = 0; n < iterations; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * x + y;
+    __asm__ volatile("" ::: "memory");
+  }
+  Vec sum = acc[0];
+  for (int i = 1; i < kChains; ++i) sum += acc[i];
+  float out = 0;
+  for (int i = 0; i < kLanes; ++i) out += sum[i];
+  *sink = out;
+  return 2.0 * kChains * kLanes * static_cast<double>(iterations);
+}

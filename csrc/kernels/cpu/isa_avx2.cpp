@@ -1,0 +1,36 @@
+// AVX2 and FMA: 16 registers of 8 floats. 6x2, 4x3 and 3x4 vectors leave room for the weights and one broadcast.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels/cpu/kernels.h"
+
+#pragma GCC target("avx2,fma")
+
+namespace fastseq::cpu {
+namespace {
+namespace avx2 {
+
+constexpr char kIsa[] = "avx2";
+constexpr int kLanes = 8;
+constexpr int kPreferredVectors = 2, kPreferredPoolVectors = 2;
+constexpr int kRows1 = 8, kRows2 = 6, kRows3 = 4, kRows4 = 3;
+constexpr int kWindows1 = 2, kWindows2 = 1, kWindows3 = 1, kWindows4 = 0;
+constexpr int kRowPanels1 = 4, kRowPanels2 = 3, kRowPanels3 = 2;
+
+#include "kernels/cpu/vector.inl.h"
+
+typedef uint64_t HalfWords __attribute__((vector_size(32)));
+static FASTSEQ_INLINE HalfWords multiply_halves(HalfWords v) {
+  return reinterpret_cast<HalfWords>(_mm256_mul_epu32(reinterpret_cast<__m256i>(v), reinterpret_cast<__m256i>(v >> 32)));
+}
+
+#include "kernels/cpu/kernel_set.inl.h"
+
+}  // namespace avx2
+}  // namespace
+
+constexpr KernelSet kAvx2Kernels = avx2::make_kernel_set();
+const KernelSet& kernels_avx2() { return kAvx2Kernels; }
+
+}  // namespace fastseq::cpu
+#endif  // __x86_64__

@@ -1,0 +1,49 @@
+// Constant: no code of this region may run before the CPU was asked what it can do.
+// Fills the table of one instruction set from the templates above. Expects kLanes, kIsa and the tile limits as constexpr values in
+// the enclosing namespace. The limits say which tiles keep every accumulator, the weights and a broadcast in registers.
+
+#include "kernels/cpu/fingerprint.inl.h"
+#include "kernels/cpu/gemm_tile.inl.h"
+#include "kernels/cpu/layout.inl.h"
+#include "kernels/cpu/pool.inl.h"
+
+template <int kVec, int kRowsT>
+static constexpr void add_tiles(KernelSet& set) {
+  set.tile[kVec][kRowsT] = tile_loop<kRowsT, kVec>;
+  if constexpr (kRowsT > 1) add_tiles<kVec, kRowsT - 1>(set);
+}
+
+template <int kVec, int kWindows>
+static constexpr void add_pool_tiles(KernelSet& set) {
+  if constexpr (kWindows > 0) {
+    set.pool_tile[kVec][kWindows] = pool_tile_loop<kWindows, kVec>;
+    add_pool_tiles<kVec, kWindows - 1>(set);
+  }
+}
+
+template <int kRowsT, int kPanelsT>
+static constexpr void add_row_tiles(KernelSet& set) {
+  set.row_tile[kRowsT][kPanelsT] = row_tile_loop<kRowsT, kPanelsT, kPreferredVectors>;
+  if constexpr (kPanelsT > 1) add_row_tiles<kRowsT, kPanelsT - 1>(set);
+}
+
+static constexpr KernelSet make_kernel_set() {
+  KernelSet set = {};
+  set.isa = kIsa;
+  set.lanes = kLanes;
+  set.preferred_vectors = kPreferredVectors;
+  set.preferred_pool_vectors = kPreferredPoolVectors;
+  set.max_rows[1] = kRows1, set.max_rows[2] = kRows2, set.max_rows[3] = kRows3, set.max_rows[4] = kRows4;
+  set.pool_rows[1] = 4 * kWindows1, set.pool_rows[2] = 4 * kWindows2;
+  set.pool_rows[3] = 4 * kWindows3, set.pool_rows[4] = 4 * kWindows4;
+  add_tiles<1, kRows1>(set), add_tiles<2, kRows2>(set), add_tiles<3, kRows3>(set), add_tiles<4, kRows4>(set);
+  add_pool_tiles<1, kWindows1>(set), add_pool_tiles<2, kWindows2>(set);
+  add_pool_tiles<3, kWindows3>(set), add_pool_tiles<4, kWindows4>(set);
+  set.row_panels[1] = kRowPanels1, set.row_panels[2] = kRowPanels2, set.row_panels[3] = kRowPanels3;
+  add_row_tiles<1, kRowPanels1>(set), add_row_tiles<2, kRowPanels2>(set), add_row_tiles<3, kRowPanels3>(set);
+  set.pool_row = pool_row;
+  set.transpose = transpose;
+  set.fingerprint = fingerprint;
+  set.fma_probe = fma_probe;
+  return set;
+}

@@ -1,0 +1,117 @@
+// The CPU kernels as the plan sees them: plain structs of sizes, offsets and pointers, and one table of function pointers per
+// instruction set. Offsets and strides count elements (floats). A kernel call runs on one thread and allocates nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fastseq::cpu {
+
+// Upper limits over all instruction sets, for table dimensions.
+constexpr int kMaxVectors = 4;  // vectors of output channels in a register tile
+constexpr int kMaxRows = 14;    // rows (pixels) in a register tile
+constexpr int kMaxPanels = 4;   // weight panels that a row kernel takes side by side
+
+// A stretch of the reduction that is contiguous in the source: `length` elements from `offset`.
+// After a run that ends a partial sum the accumulators are added to the total and start again from zero: long sums lose less.
+struct Run {
+  int32_t offset;
+  int32_t length;
+  int32_t ends_partial_sum;
+};
+
+// dst[i][lane] = max(lower, bias[lane] + sum_k src[src_offset[i] + k] * weight[k][lane]) for every row i of `tiles` register tiles.
+// For the pooled variant four consecutive rows form one 2x2 window, and dst has one entry per window.
+struct TileJob {
+  const float* src;
+  const int32_t* src_offset;  // one per row; for a pooled tile the four rows of a window are consecutive
+  const Run* runs;
+  int32_t run_count;
+  const float* weight;   // one panel, [k][vectors * lanes], 64-byte aligned
+  int64_t panel_stride;  // to the next panel of the same width (row kernels only)
+  const float* bias;     // vectors * lanes values per panel, zero-filled
+  float lower;           // 0 for ReLU, -inf for none
+  float* dst;
+  const int32_t* dst_offset;  // one per row, or one per window
+  int32_t lanes;              // how many of the (last) panel's lanes are stored
+};
+using TileLoop = void (*)(const TileJob& job, int64_t tiles);
+
+// One output row of a max-pool over NHWC rows: dst[x][c] = max(lower, max over the window, NaN kept as eager keeps it).
+struct PoolRowJob {
+  const float* src;      // the first of the window's rows inside the image, at x = 0
+  int64_t row_stride;
+  int32_t row_count;     // at least 1
+  const float* ring_end;  // a row that would start here starts at ring_begin instead
+  const float* ring_begin;
+  int32_t w_in, w_out;
+  int32_t k_w, stride_w, pad_w;
+  int64_t src_pitch, dst_pitch;  // elements from a pixel to the next
+  int32_t channels;
+  int32_t can_overread;  // the source may be read up to the next multiple of the vector width
+  float lower;
+  float* dst;
+};
+using PoolRow = void (*)(const PoolRowJob& job);
+
+// dst[i * dst_stride + j] = src[j * src_stride + i] for i < rows_out, j < cols_out.
+// With can_overread, source rows (over i) may be read up to the next multiple of 8 elements.
+using Transpose = void (*)(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t rows_out, int64_t cols_out,
+                           bool can_overread);
+
+// A 64-bit mix of `count` floats in which every bit and every position counts.
+using Fingerprint = uint64_t (*)(const float* src, int64_t count, uint64_t seed);
+
+// Multiply-adds at full rate for `iterations` rounds; returns the floating point operations done. For measuring the machine's peak.
+using FmaProbe = double (*)(int64_t iterations, float* sink);
+
+// Everything that one instruction set offers.
+struct KernelSet {
+  const char* isa;
+  int lanes;                        // floats in a vector
+  int max_rows[kMaxVectors + 1];    // largest tile height for 1..kMaxVectors vectors, 0 where that width has none
+  int pool_rows[kMaxVectors + 1];   // the same for pooled tiles, a multiple of 4
+  int preferred_vectors;            // tile width for layers with many channels
+  int preferred_pool_vectors;       // the same for pooled tiles
+  TileLoop tile[kMaxVectors + 1][kMaxRows + 1];
+  TileLoop pool_tile[kMaxVectors + 1][kMaxRows / 4 + 1];      // by windows in the tile
+  TileLoop row_tile[4][kMaxPanels + 1];                       // 1..3 rows, several panels of preferred_vectors at once
+  int row_panels[4];                                          // how many panels that is
+  PoolRow pool_row;
+  Transpose transpose;
+  Fingerprint fingerprint;
+  FmaProbe fma_probe;
+};
+
+// An entry of the kernel list: what can be chosen, forced by FASTSEQ_KERNEL and is walked by the tests.
+struct KernelRow {
+  std::string name;  // <op>_f32__<isa>_<rows>x<lanes>
+  std::string op;
+  std::string isa;
+  int rows;
+  int vectors;
+  bool is_supported;  // by this CPU
+  bool is_test_only;  // never chosen unless asked for by name
+};
+
+struct Isa {
+  const KernelSet* kernels;
+  bool is_supported;
+  bool is_test_only;
+};
+
+// Best first; the portable one, which every CPU runs, is the last that is not test only.
+const std::vector<Isa>& isas();
+std::vector<KernelRow> kernel_rows();
+
+// The best supported instruction set not above `cap` ("" for no cap). Null if the cap names none.
+const KernelSet* select_isa(const std::string& cap);
+
+const KernelSet& kernels_avx512();
+const KernelSet& kernels_avx2();
+const KernelSet& kernels_portable();
+const KernelSet& kernels_emulated512();
+
+}  // namespace fastseq::cpu

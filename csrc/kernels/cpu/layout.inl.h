@@ -1,0 +1,61 @@
+// transpose: between NCHW (planes) and NHWC (pixels), in 8x8 blocks held in registers.
+
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec8U __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t Index8 __attribute__((vector_size(32)));
+
+static FASTSEQ_INLINE void transpose_8x8(Vec8 (&r)[8]) {
+  Vec8 a[8];
+  constexpr Index8 low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = __builtin_shuffle(r[2 * i], r[2 * i + 1], low);
+    a[2 * i + 1] = __builtin_shuffle(r[2 * i], r[2 * i + 1], high);
+  }
+  constexpr Index8 even = {0, 1, 8, 9, 4, 5, 12, 13}, odd = {2, 3, 10, 11, 6, 7, 14, 15};
+  Vec8 b[8];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    b[4 * i] = __builtin_shuffle(a[4 * i], a[4 * i + 2], even);
+    b[4 * i + 1] = __builtin_shuffle(a[4 * i], a[4 * i + 2], odd);
+    b[4 * i + 2] = __builtin_shuffle(a[4 * i + 1], a[4 * i + 3], even);
+    b[4 * i + 3] = __builtin_shuffle(a[4 * i + 1], a[4 * i + 3], odd);
+  }
+  constexpr Index8 first = {0, 1, 2, 3, 8, 9, 10, 11}, second = {4, 5, 6, 7, 12, 13, 14, 15};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = __builtin_shuffle(b[i], b[i + 4], first);
+    r[i + 4] = __builtin_shuffle(b[i], b[i + 4], second);
+  }
+}
+
+static void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t rows_out, int64_t cols_out,
+                      bool can_overread) {
+  if (rows_out == 1 && src_stride == 1) {
+    for (int64_t j = 0; j < cols_out; ++j) dst[j] = src[j];
+    return;
+  }
+  int64_t j = 0;
+  for (; j + 8 <= cols_out; j += 8) {
+    int64_t i = 0;
+    for (; i < rows_out; i += 8) {
+      const int64_t valid = rows_out - i < 8 ? rows_out - i : 8;
+      if (valid < 8 && !can_overread) break;
+      Vec8 block[8];
+#pragma GCC unroll 8
+      for (int n = 0; n < 8; ++n) block[n] = *reinterpret_cast<const Vec8U*>(src + (j + n) * src_stride + i);
+      transpose_8x8(block);
+      float* out = dst + i * dst_stride + j;
+      if (valid == 8) {
+#pragma GCC unroll 8
+        for (int n = 0; n < 8; ++n) *reinterpret_cast<Vec8U*>(out + n * dst_stride) = block[n];
+      } else {
+        for (int n = 0; n < valid; ++n) *reinterpret_cast<Vec8U*>(out + n * dst_stride) = block[n];
+      }
+    }
+    for (; i < rows_out; ++i)
+      for (int n = 0; n < 8; ++n) dst[i * dst_stride + j + n] = src[(j + n) * src_stride + i];
+  }
+  for (; j < cols_out; ++j)
+    for (int64_t i = 0; i < rows_out; ++i) dst[i * dst_stride + j] = src[j * src_stride + i];
+}

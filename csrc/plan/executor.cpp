@@ -1,0 +1,414 @@
+#include "plan/executor.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastseq {
+namespace {
+
+// Rough rates to decide how many threads a call is worth, not to predict its time.
+constexpr double kFlopsPerMicrosecond = 80e3, kBytesPerMicrosecond = 20e3;
+constexpr double kSerialMicroseconds = 20, kMicrosecondsPerThread = 10;
+// From this many rows per thread a Linear chain is split by rows: weights are then read often enough to hide their way from memory.
+constexpr int64_t kRowsPerThread = 24;
+constexpr int kSpinsBeforeYield = 4000;
+
+constexpr float kNoLower = -std::numeric_limits<float>::infinity();
+
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+// The part of [0, total) that is thread `index`'s of `count`.
+struct Share {
+  int64_t first, last;
+  Share(int64_t total, int index, int count) : first(total * index / count), last(total * (index + 1) / count) {}
+};
+
+// Blocks of at most `most` rows, nearly equal, and where there are few a multiple of the threads.
+int64_t block_count(int64_t rows, int64_t most, int threads) {
+  int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);
+  if (blocks < 4 * threads) blocks = std::min(rows, (blocks + threads - 1) / threads * threads);
+  return blocks;
+}
+
+// `count` rows (or windows) through tiles of at most `most`, as evenly as possible: a tail of one row would wait for its own sums.
+void run_tiles(const cpu::TileLoop* loops, int most, cpu::TileJob job, int64_t count, int src_entries) {
+  const int64_t tiles = (count + most - 1) / most;
+  const int64_t size = count / tiles, larger = count % tiles;
+  if (larger) {
+    loops[size + 1](job, larger);
+    job.src_offset += larger * (size + 1) * src_entries;
+    job.dst_offset += larger * (size + 1);
+  }
+  loops[size](job, tiles - larger);
+}
+
+}  // namespace
+
+// All threads of a region meet here. Spins shortly, then gives the core away: another process may need it more.
+class Barrier {
+ public:
+  // The runtime may give fewer threads than were asked for; one of them says how many there are before any waits.
+  void expect(int threads) { threads_ = threads; }
+  void wait() {
+    if (threads_ == 1) return;
+    const int phase = phase_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+      if (spins < kSpinsBeforeYield) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  int threads_ = 1;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> phase_{0};
+};
+
+namespace {
+
+// work(thread, count, barrier) on `threads` threads, or on the caller alone without a parallel region.
+template <typename Work>
+void run_threads(int threads, const Work& work) {
+  Barrier barrier;
+  if (threads == 1) {
+    work(0, 1, barrier);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp single
+    barrier.expect(omp_get_num_threads());
+    work(omp_get_thread_num(), omp_get_num_threads(), barrier);
+  }
+}
+
+}  // namespace
+
+void Plan::run(const float* src, float* dst, int64_t batch, int threads) const {
+  if (batch > 0) Executor(*this).run(src, dst, batch, threads);
+}
+
+int Executor::useful_threads(int64_t batch, int threads) const {
+  if (threads <= 1 || omp_in_parallel()) return 1;
+  const double micros = std::max(static_cast<double>(batch) * plan_.flops_ / kFlopsPerMicrosecond,
+                                 static_cast<double>(plan_.weight_bytes_) / kBytesPerMicrosecond);
+  if (micros < kSerialMicroseconds) return 1;
+  return static_cast<int>(std::min<double>(threads, micros / kMicrosecondsPerThread));
+}
+
+void Executor::run(const float* src, float* dst, int64_t batch, int threads) const {
+  const int useful = useful_threads(batch, threads);
+  // Whole images (or blocks of rows) per thread need no barrier; with few of them the rows inside are shared out instead.
+  bool by_image = useful == 1;
+  if (plan_.spatial_.empty()) {
+    by_image = by_image || batch >= kRowsPerThread * useful;
+  } else {
+    by_image = by_image || batch >= 4 * useful || batch % useful == 0;
+  }
+  if (by_image) {
+    run_by_image(src, dst, batch, useful);
+  } else {
+    run_by_row(src, dst, batch, useful);
+  }
+}
+
+void Executor::run_by_image(const float* src, float* dst, int64_t batch, int threads) const {
+  const bool has_spatial = !plan_.spatial_.empty(), has_linear = !plan_.linear_.empty();
+  const bool splits = plan_.splits_at_linear_;
+  Lease arenas(plan_.pool_);
+  std::vector<float*> arena(static_cast<size_t>(threads));
+  for (float*& a : arena) a = arenas.add(plan_.arena_floats_);
+  float* all_features = splits ? arenas.add(batch * plan_.features_) : nullptr;
+
+  const int64_t unit = has_spatial ? plan_.group_images_ : kRowBlock;
+  const int64_t units = block_count(batch, unit, threads);
+  const bool chain_by_panel = splits && threads > 1 && batch < kRowsPerThread * threads;
+  const int64_t row_blocks = block_count(batch, kRowBlock, threads);
+  std::atomic<int64_t> next_unit{0}, next_block{0};
+
+  float* hidden[2] = {nullptr, nullptr};
+  if (chain_by_panel)
+    for (float*& h : hidden) h = arenas.add(batch * plan_.rows_stride_ + 1);
+
+  auto work = [&](int thread, int count, Barrier& barrier) {
+    float* const own = arena[static_cast<size_t>(thread)];
+    for (int64_t u; (u = next_unit.fetch_add(1, std::memory_order_relaxed)) < units;) {
+      const int64_t first = batch * u / units, last = batch * (u + 1) / units;
+      if (!has_spatial) {
+        run_chain(own, src + first * plan_.src_image_, dst + first * plan_.dst_image_, last - first);
+        continue;
+      }
+      float* const group = splits ? all_features + first * plan_.features_ : own + plan_.features_offset_;
+      for (int64_t i = first; i < last; ++i)
+        run_image({own, src + i * plan_.src_image_, dst + i * plan_.dst_image_, group + (i - first) * plan_.features_});
+      if (has_linear && !splits) run_chain(own, group, dst + first * plan_.dst_image_, last - first);
+    }
+    if (!splits) return;
+    barrier.wait();
+    if (chain_by_panel) {
+      run_chain_by_panel(all_features, dst, hidden, batch, thread, count, barrier);
+      return;
+    }
+    for (int64_t b; (b = next_block.fetch_add(1, std::memory_order_relaxed)) < row_blocks;) {
+      const int64_t first = batch * b / row_blocks, last = batch * (b + 1) / row_blocks;
+      run_chain(own, all_features + first * plan_.features_, dst + first * plan_.dst_image_, last - first);
+    }
+  };
+
+  run_threads(threads, work);
+}
+
+void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threads) const {
+  Lease arenas(plan_.pool_);
+  std::vector<Workspace> at(static_cast<size_t>(batch));
+  const bool has_spatial = !plan_.spatial_.empty();
+  float* all_features = plan_.features_ ? arenas.add(batch * plan_.features_) : nullptr;
+  if (has_spatial)
+    for (int64_t i = 0; i < batch; ++i)
+      at[static_cast<size_t>(i)] = {arenas.add(plan_.arena_floats_), src + i * plan_.src_image_, dst + i * plan_.dst_image_,
+                                    all_features ? all_features + i * plan_.features_ : nullptr};
+  float* hidden[2] = {nullptr, nullptr};
+  if (plan_.linear_.size() > 1)
+    for (float*& h : hidden) h = arenas.add(batch * plan_.rows_stride_);
+
+  // The rows of all images, one after the other, are shared out evenly; `body` gets those of one image at a time.
+  auto share_rows = [&](int64_t rows, int thread, int count, auto&& body) {
+    const Share share(batch * rows, thread, count);
+    for (int64_t r = share.first; r < share.last;) {
+      const int64_t image = r / rows, first = r % rows, last = std::min(rows, first + share.last - r);
+      body(at[static_cast<size_t>(image)], first, last);
+      r += last - first;
+    }
+  };
+  auto work = [&](int thread, int count, Barrier& barrier) {
+    if (plan_.copies_input_) {
+      share_rows(plan_.entry_.h, thread, count, [&](const Workspace& w, int64_t a, int64_t b) { copy_input(w, a, b); });
+      barrier.wait();
+    }
+    for (const SpatialStep& step : plan_.spatial_) {
+      const bool is_last = &step == &plan_.spatial_.back();
+      share_rows(step.dst.h, thread, count, [&](const Workspace& w, int64_t a, int64_t b) {
+        run_step(step, w, a, b);
+        if (is_last && plan_.transposes_output_) copy_output(w, a, b);
+      });
+      if (!is_last || !plan_.linear_.empty()) barrier.wait();
+    }
+    if (!plan_.linear_.empty()) run_chain_by_panel(has_spatial ? all_features : src, dst, hidden, batch, thread, count, barrier);
+  };
+  run_threads(threads, work);
+}
+
+const float* Executor::source(const Map& map, const Workspace& at) const {
+  return map.place == Map::Place::kCallerSrc ? at.src : at.arena + map.offset + map.origin;
+}
+
+float* Executor::target(const Map& map, const Workspace& at) const {
+  if (map.place == Map::Place::kCallerDst) return at.dst;
+  if (map.place == Map::Place::kFeatures) return at.features;
+  return at.arena + map.offset + map.origin;
+}
+
+void Executor::run_image(const Workspace& at) const {
+  if (plan_.copies_input_) copy_input(at, 0, plan_.entry_.h);
+  for (const SpatialStep& step : plan_.spatial_) run_step(step, at, 0, step.dst.h);
+  if (plan_.transposes_output_) copy_output(at, 0, plan_.exit_.h);
+}
+
+void Executor::copy_input(const Workspace& at, int64_t first, int64_t last) const {
+  const Map& to = plan_.entry_;
+  float* const dst = target(to, at);
+  for (int64_t y = first; y < last; ++y) {
+    float* const row = dst + y * to.row_stride;
+    if (plan_.input_.is_nhwc) {
+      const float* src = at.src + y * to.w * to.channels;
+      if (to.pitch == to.channels) {
+        std::copy(src, src + to.w * to.channels, row);
+      } else {
+        for (int64_t x = 0; x < to.w; ++x) std::copy(src + x * to.channels, src + (x + 1) * to.channels, row + x * to.pitch);
+      }
+    } else {
+      // Planes to pixels: in the source a channel is a row of h * w elements.
+      kernels_.transpose(at.src + y * to.w, to.h * to.w, row, to.pitch, to.w, to.channels, false);
+    }
+  }
+}
+
+void Executor::copy_output(const Workspace& at, int64_t first, int64_t last) const {
+  const Map& from = plan_.exit_;
+  const int64_t plane = from.h * from.w;
+  kernels_.transpose(source(from, at) + first * from.row_stride, from.pitch, at.dst + first * from.w, plane, from.channels,
+                     (last - first) * from.w, true);
+}
+
+void Executor::run_step(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const {
+  if (!step.has_conv) {
+    pool_rows(step, at, first, last);
+    return;
+  }
+  if (!step.has_pool || step.pools_in_registers) {
+    conv_rows(step, at, step.dst, step.lower, first, last);
+    return;
+  }
+  // Through the ring: the rows a group of pooled rows needs and that are not there yet, then the pool.
+  int64_t made = 0;
+  for (int64_t row = first; row < last;) {
+    const int64_t end = std::min(last, row + step.group_rows);
+    const int64_t begin_conv = std::max<int64_t>(0, row * step.pool.stride_h - step.pool.pad_top);
+    const int64_t end_conv = std::min(step.conv_h, (end - 1) * step.pool.stride_h - step.pool.pad_top + step.pool.k_h);
+    made = std::max(made, begin_conv);
+    if (made < end_conv) conv_rows(step, at, step.ring, kNoLower, made, end_conv);
+    made = std::max(made, end_conv);
+    pool_rows(step, at, row, end);
+    row = end;
+  }
+}
+
+void Executor::conv_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first,
+                         int64_t last) const {
+  if (step.panels_outermost) {
+    for (const Panel& panel : step.weights->panels)
+      for (int64_t row = first; row < last; row += step.block_rows)
+        conv_panel(step, at, dst, lower, panel, row, std::min(step.block_rows, last - row));
+  } else {
+    for (int64_t row = first; row < last; row += step.block_rows)
+      for (const Panel& panel : step.weights->panels)
+        conv_panel(step, at, dst, lower, panel, row, std::min(step.block_rows, last - row));
+  }
+}
+
+void Executor::conv_panel(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel, int64_t row,
+                          int64_t rows) const {
+  const int64_t scale = step.pools_in_registers ? 2 : 1;
+  const int width = panel.vectors * kernels_.lanes;
+  cpu::TileJob job = {};
+  job.src = source(step.src, at) + (row * scale * step.conv.stride_h - step.conv.pad_top) * step.src.row_stride -
+            step.conv.pad_left * step.src.pitch;
+  job.src_offset = step.src_offset.data();
+  job.runs = step.runs.data();
+  job.run_count = static_cast<int32_t>(step.runs.size());
+  job.weight = step.weights->weight->data() + panel.weight_offset;
+  job.bias = step.weights->bias->data() + panel.first_lane;
+  job.lower = lower;
+  job.dst = target(dst, at) + (row % dst.rows_kept) * dst.row_stride + panel.first_lane;
+  job.dst_offset = step.dst_offset.data();
+  // The caller's pixels lie close together; everywhere else there is room for whole vectors.
+  const bool is_exact = dst.place == Map::Place::kCallerDst;
+  job.lanes = is_exact ? static_cast<int32_t>(std::min<int64_t>(width, dst.channels - panel.first_lane)) : width;
+  const int64_t count = rows * (step.conv_w / scale);
+  if (step.pools_in_registers) {
+    run_tiles(kernels_.pool_tile[panel.vectors], kernels_.pool_rows[panel.vectors] / 4, job, count, 4);
+  } else {
+    run_tiles(kernels_.tile[panel.vectors], kernels_.max_rows[panel.vectors], job, count, 1);
+  }
+}
+
+void Executor::pool_rows(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const {
+  const Map& from = step.has_conv ? step.ring : step.src;
+  const float* const src = source(from, at);
+  float* const dst = target(step.dst, at);
+  cpu::PoolRowJob job = {};
+  job.w_in = static_cast<int32_t>(from.w), job.w_out = static_cast<int32_t>(step.dst.w);
+  job.k_w = static_cast<int32_t>(step.pool.k_w), job.stride_w = static_cast<int32_t>(step.pool.stride_w);
+  job.pad_w = static_cast<int32_t>(step.pool.pad_left);
+  job.src_pitch = from.pitch, job.dst_pitch = step.dst.pitch;
+  job.channels = static_cast<int32_t>(from.channels);
+  job.can_overread = from.place == Map::Place::kArena;
+  job.lower = step.lower;
+  job.row_stride = from.row_stride;
+  job.ring_begin = src, job.ring_end = src + from.rows_kept * from.row_stride;
+  for (int64_t y = first; y < last; ++y) {
+    const int64_t top = y * step.pool.stride_h - step.pool.pad_top;
+    const int64_t begin = std::max<int64_t>(0, top), end = std::min(from.h, top + step.pool.k_h);
+    job.src = src + begin % from.rows_kept * from.row_stride;
+    job.row_count = static_cast<int32_t>(end - begin);
+    job.dst = dst + y * step.dst.row_stride;
+    kernels_.pool_row(job);
+  }
+}
+
+void Executor::run_linear(const LinearStep& step, const float* src, float* dst, int64_t rows, size_t first, size_t last) const {
+  const PackedWeights& weights = *step.weights;
+  int32_t src_offset[kRowBlock], dst_offset[kRowBlock];
+  const int64_t blocks = block_count(rows, kRowBlock, 1);
+  const int64_t most = (rows + blocks - 1) / blocks;
+  for (int64_t i = 0; i < most; ++i) {
+    src_offset[i] = static_cast<int32_t>(i * step.src_stride);
+    dst_offset[i] = static_cast<int32_t>(i * step.dst_stride);
+  }
+  cpu::TileJob job = {};
+  job.src_offset = src_offset, job.dst_offset = dst_offset;
+  job.runs = step.runs.data();
+  job.run_count = static_cast<int32_t>(step.runs.size());
+  job.lower = step.lower;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
+    job.src = src + row * step.src_stride;
+    for (size_t p = first; p < last;) {
+      const Panel& panel = weights.panels[p];
+      job.weight = weights.weight->data() + panel.weight_offset;
+      job.bias = weights.bias->data() + panel.first_lane;
+      job.dst = dst + row * step.dst_stride + panel.first_lane;
+      size_t side_by_side = 1;
+      if (count <= 3 && panel.vectors == kernels_.preferred_vectors) {
+        const size_t most_panels = static_cast<size_t>(kernels_.row_panels[count]);
+        while (side_by_side < most_panels && p + side_by_side < last &&
+               weights.panels[p + side_by_side].vectors == panel.vectors)
+          ++side_by_side;
+        job.panel_stride = step.k * panel.vectors * kernels_.lanes;
+      }
+      const Panel& end = weights.panels[p + side_by_side - 1];
+      // Hidden rows have room for whole vectors, the result's last panel may not.
+      job.lanes = static_cast<int32_t>(std::min<int64_t>(end.vectors * kernels_.lanes, step.dst_stride - end.first_lane));
+      if (count <= 3 && panel.vectors == kernels_.preferred_vectors) {
+        kernels_.row_tile[count][side_by_side](job, 1);
+      } else {
+        run_tiles(kernels_.tile[panel.vectors], kernels_.max_rows[panel.vectors], job, count, 1);
+      }
+      p += side_by_side;
+    }
+  }
+}
+
+void Executor::run_chain(float* arena, const float* src, float* dst, int64_t rows) const {
+  for (size_t i = 0; i < plan_.linear_.size(); ++i) {
+    const LinearStep& step = plan_.linear_[i];
+    float* const to = i + 1 == plan_.linear_.size() ? dst : arena + plan_.rows_offset_[i % 2];
+    run_linear(step, src, to, rows, 0, step.weights->panels.size());
+    src = to;
+  }
+}
+
+void Executor::run_chain_by_panel(const float* src, float* dst, float* const (&hidden)[2], int64_t rows, int thread, int threads,
+                                  Barrier& barrier) const {
+  for (size_t i = 0; i < plan_.linear_.size(); ++i) {
+    const LinearStep& step = plan_.linear_[i];
+    const bool is_last = i + 1 == plan_.linear_.size();
+    float* const to = is_last ? dst : hidden[i % 2];
+    const Share share(static_cast<int64_t>(step.weights->panels.size()), thread, threads);
+    run_linear(step, src, to, rows, static_cast<size_t>(share.first), static_cast<size_t>(share.last));
+    if (!is_last) barrier.wait();
+    src = to;
+  }
+}
+
+}  // namespace fastseq

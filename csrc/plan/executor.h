@@ -1,0 +1,54 @@
+// Runs a plan: who computes which rows of which image, and where. Knows threads; the kernels it calls do not.
+#pragma once
+
+#include <cstdint>
+
+#include "plan/plan.h"
+
+namespace fastseq {
+
+class Barrier;
+
+// Where one image (or group of images) is at work.
+struct Workspace {
+  float* arena = nullptr;
+  const float* src = nullptr;  // the image in the caller's memory
+  float* dst = nullptr;        // its result in the caller's memory, if the spatial steps end there
+  float* features = nullptr;   // its row of features otherwise
+};
+
+class Executor {
+ public:
+  explicit Executor(const Plan& plan) : plan_(plan), kernels_(*plan.kernels_) {}
+
+  void run(const float* src, float* dst, int64_t batch, int threads) const;
+
+ private:
+  int useful_threads(int64_t batch, int threads) const;
+  void run_by_image(const float* src, float* dst, int64_t batch, int threads) const;
+  void run_by_row(const float* src, float* dst, int64_t batch, int threads) const;
+
+  // Spatial steps: rows [first, last) of the step's output for one image.
+  void copy_input(const Workspace& at, int64_t first, int64_t last) const;
+  void run_step(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const;
+  void copy_output(const Workspace& at, int64_t first, int64_t last) const;
+  void conv_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first, int64_t last) const;
+  void conv_panel(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel, int64_t row,
+                  int64_t rows) const;
+  void pool_rows(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const;
+  void run_image(const Workspace& at) const;
+
+  // Linear steps: `rows` rows through panels [first, last) of one step, or through the whole chain.
+  void run_linear(const LinearStep& step, const float* src, float* dst, int64_t rows, size_t first, size_t last) const;
+  void run_chain(float* arena, const float* src, float* dst, int64_t rows) const;
+  void run_chain_by_panel(const float* src, float* dst, float* const (&hidden)[2], int64_t rows, int thread, int threads,
+                          Barrier& barrier) const;
+
+  const float* source(const Map& map, const Workspace& at) const;
+  float* target(const Map& map, const Workspace& at) const;
+
+  const Plan& plan_;
+  const cpu::KernelSet& kernels_;
+};
+
+}  // namespace fastseq

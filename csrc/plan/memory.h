@@ -1,0 +1,55 @@
+// 64-byte aligned scratch memory, and a pool of it that concurrent calls share without sharing a block.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace fastseq {
+
+class AlignedBuffer {
+ public:
+  explicit AlignedBuffer(int64_t floats);  // zero-filled; large blocks ask for huge pages
+  ~AlignedBuffer();
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+  float* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  float* data_;
+  int64_t size_;
+};
+
+using BufferPtr = std::unique_ptr<AlignedBuffer>;
+
+// Blocks come back when a call ends and serve the next one. What a plan keeps while idle is bounded: a larger block is freed.
+class BufferPool {
+ public:
+  BufferPtr take(int64_t floats);
+  void give_back(BufferPtr buffer);
+
+ private:
+  std::mutex mutex_;
+  std::vector<BufferPtr> idle_;
+};
+
+// Several blocks of one pool for the length of a call.
+class Lease {
+ public:
+  explicit Lease(BufferPool& pool) : pool_(pool) {}
+  ~Lease() {
+    for (BufferPtr& buffer : buffers_) pool_.give_back(std::move(buffer));
+  }
+  float* add(int64_t floats) {
+    buffers_.push_back(pool_.take(floats));
+    return buffers_.back()->data();
+  }
+
+ private:
+  BufferPool& pool_;
+  std::vector<BufferPtr> buffers_;
+};
+
+}  // namespace fastseq

@@ -1,0 +1,41 @@
+// Weights in the order the tiles read them: panels of a few vectors of output channels, the reduction outermost.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "kernels/cpu/kernels.h"
+#include "plan/memory.h"
+#include "plan/spec.h"
+
+namespace fastseq {
+
+struct Panel {
+  int vectors;
+  int first_lane;          // of the output channels
+  int64_t weight_offset;   // in elements
+};
+
+struct PackedWeights {
+  std::vector<Panel> panels;
+  std::unique_ptr<AlignedBuffer> weight;
+  std::unique_ptr<AlignedBuffer> bias;  // padded to whole vectors, zero where the layer has none
+  int64_t bytes() const { return (weight->size() + bias->size()) * static_cast<int64_t>(sizeof(float)); }
+};
+using PackedPtr = std::shared_ptr<const PackedWeights>;
+
+// How `vectors` vectors of output channels are cut into panels: `preferred` wide, the rest as evenly as `max_rows` allows.
+std::vector<int> split_vectors(int vectors, int preferred, const int* max_rows);
+
+PackedPtr pack_conv2d(const StepSpec& spec, const std::vector<int>& panels, int lanes);
+
+// With spatial > 1 the features of the source are ordered pixel by pixel (NHWC) while the weight's are channel by channel.
+PackedPtr pack_linear(const StepSpec& spec, const std::vector<int>& panels, int64_t spatial, const cpu::KernelSet& kernels);
+
+// Packed weights of one native run, shared by its plans. Key: step, panel width, spatial extent.
+using PackCache = std::map<std::tuple<size_t, int, int64_t>, PackedPtr>;
+
+}  // namespace fastseq

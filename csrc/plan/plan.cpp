@@ -1,0 +1,377 @@
+// Builds plans: shape inference, tile choice, scratch layout. Cheap beside packing the weights.
+#include "plan/plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+namespace fastseq {
+namespace {
+
+// Weights beyond this are read once per call rather than once per block of rows: half of a common L2.
+constexpr int64_t kCachedWeightBytes = int64_t{256} << 10;
+// Linear weights beyond this are worth a pass of their own over the batch.
+constexpr int64_t kSplitWeightBytes = int64_t{1} << 20;
+// A block holds about this many pixels: enough to amortise the call, little enough to stay in L1.
+constexpr int64_t kBlockPixels = 96;
+// Longest chain of additions into one accumulator, and the shortest worth ending.
+constexpr int64_t kLongestSum = 512, kShortestPartialSum = 256;
+// Elements behind a map: vector reads may run past its last pixel.
+constexpr int64_t kSlack = 16;
+// Images that a thread takes through convolutions and Linear together: two tiles of rows.
+constexpr int64_t kGroupImages = 12;
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+int32_t to_offset(int64_t value) {
+  if (value > std::numeric_limits<int32_t>::max()) throw Refusal("a row of the activations has more than 2^31 elements");
+  return static_cast<int32_t>(value);
+}
+
+float lower_bound(bool has_relu) { return has_relu ? 0.0f : -std::numeric_limits<float>::infinity(); }
+
+// The reduction as contiguous stretches: `taps` stretches of `length` at the given offsets. Partial sums end at the same places
+// however the source is laid out, so layouts give the same bits.
+std::vector<cpu::Run> make_runs(const std::vector<int64_t>& taps, int64_t length) {
+  const int64_t total = static_cast<int64_t>(taps.size()) * length;
+  std::vector<cpu::Run> runs;
+  int64_t summed = 0, done = 0;
+  for (int64_t tap : taps)
+    for (int64_t start = 0; start < length; start += kLongestSum) {
+      const int64_t piece = std::min(kLongestSum, length - start);
+      const int32_t offset = to_offset(tap + start);
+      summed += piece, done += piece;
+      const bool ends = total > kLongestSum && summed >= kShortestPartialSum && done < total;
+      if (ends) summed = 0;
+      const bool extends = !runs.empty() && !runs.back().ends_partial_sum && runs.back().offset + runs.back().length == offset;
+      if (extends) {
+        runs.back().length = to_offset(runs.back().length + piece);
+        runs.back().ends_partial_sum = ends;
+      } else {
+        runs.push_back({offset, static_cast<int32_t>(piece), ends});
+      }
+    }
+  return runs;
+}
+
+std::string shape_text(const std::vector<int64_t>& sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "" : "x") + std::to_string(size);
+  return text;
+}
+
+}  // namespace
+
+class PlanBuilder {
+ public:
+  PlanBuilder(Plan& plan, const PlanOptions& options, PackCache& cache)
+      : plan_(plan), options_(options), set_(*options.kernels), cache_(cache) {}
+
+  void build(const InputSpec& input, const std::vector<StepSpec>& steps) {
+    plan_.kernels_ = &set_;
+    plan_.input_ = input;
+    size_t first_linear = 0;
+    while (first_linear < steps.size() && steps[first_linear].op != Op::kLinear) ++first_linear;
+    if (first_linear > 0 && !input.is_spatial) throw Refusal("convolution and pooling need an input of shape (N, C, H, W)");
+    infer_sizes(input, steps, first_linear);
+    plan_.src_image_ = input.is_spatial ? input.channels * input.h * input.w : input.features;
+    place_spatial(steps, first_linear);
+    build_linear(steps, first_linear);
+    lay_out_arena();
+    for (const SpatialStep& step : plan_.spatial_) plan_.flops_ += step.flops, count_weights(step.weights);
+    for (const LinearStep& step : plan_.linear_) plan_.flops_ += step.flops, count_weights(step.weights);
+  }
+
+ private:
+  struct Size {
+    int64_t channels, h, w;
+  };
+
+  void count_weights(const PackedPtr& weights) {
+    if (weights) plan_.weight_bytes_ += weights->bytes();
+  }
+
+  void infer_sizes(const InputSpec& input, const std::vector<StepSpec>& steps, size_t first_linear) {
+    sizes_.push_back({input.channels, input.h, input.w});
+    conv_sizes_.resize(first_linear);
+    for (size_t i = 0; i < first_linear; ++i) {
+      const StepSpec& step = steps[i];
+      Size size = sizes_.back();
+      if (step.op == Op::kConv2d) {
+        const Window& w = step.conv;
+        if (step.in != size.channels) throw Refusal("conv2d weight expects another number of channels");
+        size = {step.out, conv_size(size.h, w.k_h, w.stride_h, w.pad_top, w.pad_bottom),
+                conv_size(size.w, w.k_w, w.stride_w, w.pad_left, w.pad_right)};
+        if (size.channels < 1) throw Refusal("conv2d has no output channels");
+        conv_sizes_[i] = size;
+      }
+      if (step.has_pool || step.op == Op::kMaxPool2d) {
+        const Window& w = step.pool;
+        size.h = pool_size(size.h, w.k_h, w.stride_h, w.pad_top, w.ceil_mode);
+        size.w = pool_size(size.w, w.k_w, w.stride_w, w.pad_left, w.ceil_mode);
+      }
+      sizes_.push_back(size);
+    }
+  }
+
+  // An arena map for `size`, with room for the zero border that the step which reads it wants.
+  Map arena_map(Size size, const StepSpec* reader, bool packs_pixels) const {
+    Map map;
+    map.channels = size.channels, map.h = size.h, map.w = size.w;
+    const bool is_read_by_conv = reader && reader->op == Op::kConv2d;
+    const Window border = is_read_by_conv ? reader->conv : Window{};
+    // A kernel row of a few channels is one contiguous stretch if the pixels are dense; more channels are stored in whole vectors.
+    map.pitch = packs_pixels && size.channels < set_.lanes ? size.channels : round_up(size.channels, set_.lanes);
+    map.row_stride = (border.pad_left + size.w + border.pad_right) * map.pitch;
+    // Rows a multiple of 4 KiB apart would compete for the same few cache sets.
+    if (map.row_stride * 4 % 4096 == 0) map.row_stride += 16;
+    map.origin = border.pad_top * map.row_stride + border.pad_left * map.pitch;
+    map.rows_kept = size.h;
+    map.size = (border.pad_top + size.h + border.pad_bottom) * map.row_stride;
+    return map;
+  }
+
+  void claim(Map& map) {
+    map.offset = plan_.arena_floats_;
+    plan_.arena_floats_ += round_up(map.size + kSlack, 16);
+  }
+
+  void place_spatial(const std::vector<StepSpec>& steps, size_t count) {
+    if (count == 0) return;
+    const InputSpec& input = plan_.input_;
+    const Window& first = steps[0].conv;
+    const bool needs_border =
+        steps[0].op == Op::kConv2d && (first.pad_top || first.pad_bottom || first.pad_left || first.pad_right);
+    const bool is_dense_nhwc = input.is_nhwc || input.channels == 1;
+
+    Map current;
+    if (is_dense_nhwc && !needs_border) {
+      current.place = Map::Place::kCallerSrc;
+      current.channels = input.channels, current.h = input.h, current.w = input.w;
+      current.pitch = input.channels;
+      current.row_stride = input.w * input.channels;
+      current.rows_kept = input.h;
+    } else {
+      plan_.copies_input_ = true;
+      current = arena_map(sizes_[0], &steps[0], steps[0].op == Op::kConv2d);
+      claim(current);
+      plan_.entry_ = current;
+    }
+
+    const bool has_linear = count < steps.size();
+    for (size_t i = 0; i < count; ++i) {
+      const bool is_last = i + 1 == count;
+      const Size size = sizes_[i + 1];
+      Map dst;
+      if (!is_last) {
+        dst = arena_map(size, &steps[i + 1], false);
+        claim(dst);
+      } else {
+        const bool is_dense = has_linear || options_.output_is_nhwc || size.channels == 1 || size.h * size.w == 1;
+        if (is_dense) {
+          dst.place = has_linear ? Map::Place::kFeatures : Map::Place::kCallerDst;
+          dst.channels = size.channels, dst.h = size.h, dst.w = size.w;
+          // Features keep whole vectors per pixel; the caller's memory is exact.
+          dst.pitch = has_linear ? round_up(size.channels, set_.lanes) : size.channels;
+          dst.row_stride = size.w * dst.pitch;
+          dst.rows_kept = size.h;
+        } else {
+          dst = arena_map(size, nullptr, false);
+          dst.row_stride = size.w * dst.pitch;  // so that a band of rows is one matrix to transpose
+          dst.size = size.h * dst.row_stride;
+          claim(dst);
+          plan_.transposes_output_ = true;
+          plan_.exit_ = dst;
+        }
+      }
+      plan_.spatial_.push_back(make_spatial(steps[i], i, current, dst));
+      current = dst;
+    }
+    const Size last = sizes_.back();
+    if (has_linear) {
+      plan_.features_ = round_up(last.h * current.row_stride + kSlack, 16);
+    } else {
+      plan_.output_ = {true, last.channels, last.h, last.w, 0};
+      plan_.dst_image_ = last.channels * last.h * last.w;
+    }
+  }
+
+  SpatialStep make_spatial(const StepSpec& spec, size_t index, const Map& src, const Map& dst) {
+    SpatialStep step;
+    step.name = spec.name;
+    step.src = src, step.dst = dst;
+    step.lower = lower_bound(spec.has_relu);
+    step.conv = spec.conv, step.pool = spec.pool;
+    step.has_conv = spec.op == Op::kConv2d;
+    step.has_pool = spec.has_pool || spec.op == Op::kMaxPool2d;
+    if (!step.has_conv) {
+      step.kernel = std::string("maxpool2d_f32__") + set_.isa + "_1x" + std::to_string(set_.lanes);
+      return step;
+    }
+    const Size full = conv_sizes_[index];
+    step.conv_h = full.h, step.conv_w = full.w;
+    if (step.has_pool) {
+      const Window& w = spec.pool;
+      step.conv_h = std::min(full.h, (dst.h - 1) * w.stride_h - w.pad_top + w.k_h);
+      step.conv_w = std::min(full.w, (dst.w - 1) * w.stride_w - w.pad_left + w.k_w);
+      step.pools_in_registers = w.k_h == 2 && w.k_w == 2 && w.stride_h == 2 && w.stride_w == 2 && !w.pad_top && !w.pad_left &&
+                                2 * dst.h <= full.h && 2 * dst.w <= full.w;
+    }
+    step.flops = 2.0 * step.conv_h * step.conv_w * spec.out * spec.in * spec.conv.k_h * spec.conv.k_w;
+
+    const int* max_rows = step.pools_in_registers ? set_.pool_rows : set_.max_rows;
+    const char* op = step.pools_in_registers ? "conv2d_maxpool2d" : "conv2d";
+    const Choice choice =
+        choose(op, max_rows, step.pools_in_registers ? set_.preferred_pool_vectors : set_.preferred_vectors, spec.out);
+    step.kernel = choice.kernel;
+    PackedPtr& packed = cache_[{index, choice.vectors, 1}];
+    if (!packed) packed = pack_conv2d(spec, choice.panels, set_.lanes);
+    step.weights = packed;
+    step.panels_outermost = packed->bytes() > kCachedWeightBytes;
+
+    std::vector<int64_t> taps;
+    for (int64_t y = 0; y < spec.conv.k_h; ++y)
+      for (int64_t x = 0; x < spec.conv.k_w; ++x) taps.push_back(y * src.row_stride + x * src.pitch);
+    step.runs = make_runs(taps, spec.in);
+
+    if (step.has_pool && !step.pools_in_registers) place_ring(step, spec);
+    make_tables(step);
+    return step;
+  }
+
+  // The rows of the convolution that wait for their pool. With weights that exceed the cache, all rows are made first.
+  void place_ring(SpatialStep& step, const StepSpec& spec) {
+    step.group_rows = step.panels_outermost ? step.dst.h : 1;
+    Map& ring = step.ring;
+    ring.channels = spec.out, ring.h = step.conv_h, ring.w = step.conv_w;
+    ring.pitch = round_up(spec.out, set_.lanes);
+    ring.row_stride = step.conv_w * ring.pitch;
+    if (ring.row_stride * 4 % 4096 == 0) ring.row_stride += 16;
+    const int64_t wanted = (step.group_rows - 1) * step.pool.stride_h + std::max(step.pool.k_h, step.pool.stride_h);
+    ring.rows_kept = std::min(step.conv_h, wanted);
+    ring.size = ring.rows_kept * ring.row_stride;
+    claim(ring);
+  }
+
+  // Offsets of the pixels of one block of output rows: row by row, or window by window for a pool in registers.
+  void make_tables(SpatialStep& step) const {
+    const Map& out = step.ring.pitch ? step.ring : step.dst;
+    const int64_t scale = step.pools_in_registers ? 2 : 1;
+    const int64_t w_out = step.conv_w / scale, h_out = step.conv_h / scale;
+    step.block_rows = step.ring.pitch ? 1 : std::max<int64_t>(1, std::min(h_out, kBlockPixels / (w_out * scale * scale)));
+    const int64_t step_h = step.conv.stride_h * step.src.row_stride, step_w = step.conv.stride_w * step.src.pitch;
+    for (int64_t y = 0; y < step.block_rows; ++y)
+      for (int64_t x = 0; x < w_out; ++x) {
+        step.dst_offset.push_back(to_offset(y * out.row_stride + x * out.pitch));
+        for (int64_t i = 0; i < scale; ++i)
+          for (int64_t j = 0; j < scale; ++j)
+            step.src_offset.push_back(to_offset((y * scale + i) * step_h + (x * scale + j) * step_w));
+      }
+  }
+
+  void build_linear(const std::vector<StepSpec>& steps, size_t first) {
+    if (first == steps.size()) return;
+    int64_t width = plan_.input_.is_spatial ? sizes_.back().channels * sizes_.back().h * sizes_.back().w : plan_.input_.features;
+    const bool follows_spatial = first > 0;
+    if (first == 0 && plan_.input_.is_spatial) throw Refusal("linear takes rows of features");
+    int64_t src_stride = follows_spatial ? plan_.features_ : width;
+    int64_t linear_bytes = 0;
+    for (size_t i = first; i < steps.size(); ++i) {
+      const StepSpec& spec = steps[i];
+      if (spec.in != width) throw Refusal("linear weight expects another number of features");
+      if (spec.in < 1 || spec.out < 1) throw Refusal("linear has no features");
+      LinearStep step;
+      step.name = spec.name;
+      step.n = spec.out, step.k = spec.in;
+      step.lower = lower_bound(spec.has_relu);
+      step.flops = 2.0 * spec.out * spec.in;
+      const Choice choice = choose("linear", set_.max_rows, set_.preferred_vectors, spec.out);
+      step.kernel = choice.kernel;
+
+      const bool reads_map = follows_spatial && i == first;
+      const int64_t spatial = reads_map ? sizes_.back().h * sizes_.back().w : 1;
+      PackedPtr& packed = cache_[{i, choice.vectors, spatial}];
+      if (!packed) packed = pack_linear(spec, choice.panels, spatial, set_);
+      step.weights = packed;
+      linear_bytes += packed->bytes();
+
+      std::vector<int64_t> taps;
+      const int64_t pitch = reads_map ? plan_.spatial_.back().dst.pitch : 0;
+      for (int64_t s = 0; s < spatial; ++s) taps.push_back(s * pitch);
+      step.runs = make_runs(taps, spec.in / spatial);
+
+      const bool is_last = i + 1 == steps.size();
+      step.src_stride = src_stride;
+      step.dst_stride = is_last ? spec.out : round_up(spec.out, set_.lanes);
+      to_offset(kRowBlock * std::max(step.src_stride, step.dst_stride));
+      if (!is_last) plan_.rows_stride_ = std::max(plan_.rows_stride_, step.dst_stride);
+      src_stride = step.dst_stride;
+      width = spec.out;
+      plan_.linear_.push_back(std::move(step));
+    }
+    plan_.output_ = {false, 0, 0, 0, width};
+    plan_.dst_image_ = width;
+    plan_.splits_at_linear_ = follows_spatial && linear_bytes > kSplitWeightBytes;
+    plan_.group_images_ = follows_spatial && !plan_.splits_at_linear_ ? kGroupImages : 1;
+  }
+
+  void lay_out_arena() {
+    plan_.features_offset_ = plan_.arena_floats_;
+    if (!plan_.splits_at_linear_) plan_.arena_floats_ += plan_.group_images_ * plan_.features_;
+    for (int64_t& offset : plan_.rows_offset_) {
+      offset = plan_.arena_floats_;
+      plan_.arena_floats_ += round_up(kRowBlock * plan_.rows_stride_, 16);
+    }
+    plan_.arena_floats_ += 16;
+  }
+
+  struct Choice {
+    int vectors;  // of the widest panel, which names the kernel
+    std::vector<int> panels;
+    std::string kernel;
+  };
+
+  // The instruction set's preferred tile, or the one that FASTSEQ_KERNEL asks for if it is of this operation.
+  Choice choose(const std::string& op, const int* max_rows, int preferred, int64_t out) const {
+    Choice choice{preferred, {}, ""};
+    if (!options_.forced_kernel.empty()) {
+      for (const cpu::KernelRow& row : cpu::kernel_rows()) {
+        if (row.op != op || row.isa != set_.isa || row.name.find(options_.forced_kernel) == std::string::npos) continue;
+        choice.vectors = row.vectors;
+        break;
+      }
+    }
+    const int vectors = static_cast<int>((out + set_.lanes - 1) / set_.lanes);
+    choice.panels = split_vectors(vectors, choice.vectors, max_rows);
+    choice.vectors = *std::max_element(choice.panels.begin(), choice.panels.end());
+    choice.kernel = op + "_f32__" + set_.isa + "_" + std::to_string(max_rows[choice.vectors]) + "x" +
+                    std::to_string(choice.vectors * set_.lanes);
+    return choice;
+  }
+
+  Plan& plan_;
+  const PlanOptions& options_;
+  const cpu::KernelSet& set_;
+  PackCache& cache_;
+  std::vector<Size> sizes_;       // before each spatial step and after the last
+  std::vector<Size> conv_sizes_;  // between a convolution and its pool
+};
+
+std::shared_ptr<const Plan> Plan::build(const InputSpec& input, const std::vector<StepSpec>& steps, const PlanOptions& options,
+                                        PackCache& cache) {
+  auto plan = std::make_shared<Plan>();
+  PlanBuilder(*plan, options, cache).build(input, steps);
+  return plan;
+}
+
+std::vector<StepInfo> Plan::describe() const {
+  std::vector<StepInfo> infos;
+  for (const SpatialStep& step : spatial_)
+    infos.push_back({step.name, step.kernel, shape_text({step.dst.channels, step.dst.h, step.dst.w}), step.flops,
+                     step.weights ? step.weights->bytes() : 0});
+  for (const LinearStep& step : linear_)
+    infos.push_back({step.name, step.kernel, shape_text({step.n}), step.flops, step.weights->bytes()});
+  return infos;
+}
+
+}  // namespace fastseq

@@ -1,0 +1,120 @@
+// A plan: the fused steps of one native run for one input signature, with packed weights, chosen tiles and scratch offsets.
+// The batch size stays free. A plan does not change after build(), so any number of threads may run it at once.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/kernels.h"
+#include "plan/memory.h"
+#include "plan/pack.h"
+#include "plan/spec.h"
+
+namespace fastseq {
+
+struct PlanOptions {
+  const cpu::KernelSet* kernels = nullptr;
+  std::string forced_kernel;    // part of a kernel's name, "" for none
+  bool output_is_nhwc = false;  // a spatial result in channels_last order
+};
+
+// Where an activation map lives: NHWC with the next convolution's zero border around it, or the caller's own memory.
+struct Map {
+  enum class Place { kArena, kCallerSrc, kCallerDst, kFeatures };
+  Place place = Place::kArena;
+  int64_t channels = 0, h = 0, w = 0;
+  int64_t pitch = 0;       // elements from a pixel to the next
+  int64_t row_stride = 0;  // elements from a row to the next
+  int64_t origin = 0;      // of pixel (0, 0), inside the border
+  int64_t offset = 0;      // of the map in the arena
+  int64_t rows_kept = 0;   // a ring of rows when smaller than h
+  int64_t size = 0;        // elements in the arena, border included
+};
+
+// A spatial step: convolution, convolution with pooling, or pooling alone.
+struct SpatialStep {
+  std::string name, kernel;
+  Map src, dst;
+  bool has_conv = false, has_pool = false;
+  bool pools_in_registers = false;  // 2x2/2 windows inside the tile
+  float lower = 0;                  // of the step's last operation
+  // convolution
+  Window conv;
+  int64_t conv_h = 0, conv_w = 0;  // rows and columns that are computed: what a pool would drop is not
+  Map ring;                        // the convolution's rows on their way to a pool outside the registers
+  PackedPtr weights;
+  std::vector<cpu::Run> runs;
+  std::vector<int32_t> src_offset, dst_offset;  // of one block of rows
+  int64_t block_rows = 1;
+  bool panels_outermost = false;  // weights that do not fit the cache are read once per call, not once per block
+  // pooling outside the registers
+  Window pool;
+  int64_t group_rows = 1;  // pooled rows made at a time
+  double flops = 0;
+};
+
+struct LinearStep {
+  std::string name, kernel;
+  int64_t n = 0, k = 0;
+  int64_t src_stride = 0, dst_stride = 0;  // elements from a row to the next
+  float lower = 0;
+  PackedPtr weights;
+  std::vector<cpu::Run> runs;
+  double flops = 0;
+};
+
+struct StepInfo {
+  std::string name, kernel, output;
+  double flops;  // per image or row
+  int64_t packed_bytes;
+};
+
+class Plan {
+ public:
+  // Throws Refusal where eager would raise or the sizes do not fit, std::bad_alloc when out of memory.
+  static std::shared_ptr<const Plan> build(const InputSpec& input, const std::vector<StepSpec>& steps, const PlanOptions& options,
+                                           PackCache& cache);
+
+  // src, dst: `batch` images or rows, dense, in the layouts of the signature. At most `threads` threads take part.
+  void run(const float* src, float* dst, int64_t batch, int threads) const;
+
+  const OutputSpec& output() const { return output_; }
+  std::vector<StepInfo> describe() const;
+  int64_t scratch_bytes() const { return arena_floats_ * static_cast<int64_t>(sizeof(float)); }
+
+ private:
+  friend class PlanBuilder;
+  friend class Executor;
+
+  const cpu::KernelSet* kernels_ = nullptr;
+  InputSpec input_;
+  OutputSpec output_;
+  int64_t src_image_ = 0, dst_image_ = 0;  // elements of an image or row in the caller's memory
+
+  bool copies_input_ = false;
+  Map entry_;  // where the input copy goes
+  std::vector<SpatialStep> spatial_;
+  bool transposes_output_ = false;
+  Map exit_;  // NHWC source of the final transpose
+
+  std::vector<LinearStep> linear_;
+  int64_t features_ = 0;       // elements of an image's features between the spatial steps and Linear, 0 if there is no such place
+  int64_t group_images_ = 1;   // images a thread takes through both
+  bool splits_at_linear_ = false;  // all images through the spatial steps first: the Linear weights should be read once
+
+  int64_t arena_floats_ = 0;
+  int64_t features_offset_ = 0, rows_offset_[2] = {0, 0};
+  int64_t rows_stride_ = 0;  // elements of a hidden Linear row
+
+  double flops_ = 0;          // per image or row
+  int64_t weight_bytes_ = 0;
+  mutable BufferPool pool_;
+};
+using PlanPtr = std::shared_ptr<const Plan>;
+
+// Rows of a Linear chain that go through all its layers together.
+constexpr int64_t kRowBlock = 48;
+
+}  // namespace fastseq

@@ -1,0 +1,23 @@
+#include "plan/spec.h"
+
+namespace fastseq {
+
+int64_t conv_size(int64_t in, int64_t k, int64_t stride, int64_t pad_before, int64_t pad_after) {
+  if (k < 1 || stride < 1 || pad_before < 0 || pad_after < 0) throw Refusal("conv2d has a kernel, stride or padding eager rejects");
+  if (in < 1 || in + pad_before + pad_after < k) throw Refusal("conv2d kernel is larger than the padded input");
+  return (in + pad_before + pad_after - k) / stride + 1;
+}
+
+int64_t pool_size(int64_t in, int64_t k, int64_t stride, int64_t pad, bool ceil_mode) {
+  if (k < 1 || stride < 1 || pad < 0 || 2 * pad > k) throw Refusal("maxpool2d has a kernel, stride or padding eager rejects");
+  const int64_t span = in + 2 * pad - k;
+  if (in < 1 || (span < 0 && !ceil_mode)) throw Refusal("maxpool2d window is larger than its input");
+  int64_t out = (span + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  if (span + (ceil_mode ? stride - 1 : 0) < 0) throw Refusal("maxpool2d window is larger than its input");
+  // A window that would start in the padding behind the image is dropped.
+  if (ceil_mode && (out - 1) * stride >= in + pad) --out;
+  if (out < 1) throw Refusal("maxpool2d output would be empty");
+  return out;
+}
+
+}  // namespace fastseq

@@ -1,0 +1,20 @@
+"""Ten lines of use: optimise a model, see what runs fused, check the answer."""
+
+import torch
+from torch import nn
+
+import fastseq
+
+model = nn.Sequential(
+    nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+    nn.Flatten(),
+    nn.Sequential(nn.Linear(16 * 16 * 16, 64), nn.ReLU(), nn.Linear(64, 10)),
+).eval()
+x = torch.randn(8, 3, 32, 32)
+
+fast = fastseq.optimize(model)  # an independent copy; `model` stays as it was
+with torch.no_grad():
+    torch.testing.assert_close(fast(x), model(x))
+
+print(fastseq.explain(fast, x))
+print(fastseq.stats(fast))

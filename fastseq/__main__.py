@@ -1,0 +1,114 @@
+"""`python -m fastseq`: what one pastes into a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastseq
+from fastseq import _env, _native
+
+
+def cpu_model() -> str:
+    """The CPU's marketing name where Linux tells it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def openmp_libraries() -> list[str]:
+    """Paths of the OpenMP runtimes in this process. More than one means thread pools that compete for the cores."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
+    return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
+
+
+def gpus() -> list[str]:
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def collect() -> dict[str, Any]:
+    """Everything the report prints, as JSON-able data."""
+    available = fastseq.native_available()
+    return {
+        "fastseq": fastseq.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "native": available,
+        "native_error": fastseq.native_error(),
+        "extension": _native.module().__file__ if available else None,
+        "build": _native.module().build_info() if available else {},
+        "isa": fastseq.isa(),
+        "kernels": fastseq.kernels(),
+        "openmp": openmp_libraries(),
+        "torch_cuda": torch.version.cuda,
+        "gpus": gpus(),
+        "environment": {v.name: os.environ[v.name] for v in _env.VARIABLES if os.environ.get(v.name)},
+    }
+
+
+def render(info: dict[str, Any]) -> str:
+    """The report as text, one fact per line."""
+    supported = {kernel["isa"]: kernel["supported"] for kernel in info["kernels"]}
+    gpu = ", ".join(info["gpus"]) or f"none (torch is built {'for CUDA' if info['torch_cuda'] else 'without CUDA'})"
+    rows = [
+        ("fastseq", info["fastseq"]),
+        ("torch", info["torch"]),
+        ("python", info["python"]),
+        ("os", info["os"]),
+        ("cpu", f"{info['cpu']}, {info['cores']} cores"),
+        ("threads", str(info["threads"])),
+        ("extension", info["extension"] or f"unusable, models run eager: {info['native_error']}"),
+        ("build", ", ".join(f"{key} {value}" for key, value in info["build"].items()) or "none"),
+        ("isa", info["isa"]),
+        *((f"  {isa}", "this CPU runs it" if ok else "this CPU does not") for isa, ok in supported.items()),
+        ("openmp", f"{len(info['openmp'])} mapped: {', '.join(info['openmp']) or 'none'}"),
+        ("gpu", gpu),
+        ("environment", " ".join(f"{key}={value}" for key, value in info["environment"].items()) or "no FASTSEQ_*"),
+        ("kernels", str(len(info["kernels"]))),
+    ]
+    lines = [f"{key:<13}{value}" for key, value in rows]
+    for isa in supported:
+        names = " ".join(kernel["name"] for kernel in info["kernels"] if kernel["isa"] == isa)
+        lines.append(textwrap.fill(names, 118, initial_indent="  ", subsequent_indent="  "))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastseq",
+        description="Print versions, instruction sets, compiled kernels and threads: what a bug report needs.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    parser.add_argument("--version", action="version", version=f"fastseq {fastseq.__version__}")
+    arguments = parser.parse_args(argv)
+    info = collect()
+    print(json.dumps(info, indent=2) if arguments.json else render(info))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

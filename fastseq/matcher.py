@@ -1,0 +1,216 @@
+"""Cuts a Sequential into native runs and eager layers. Pure: reads layers and a table, touches no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fastseq.patterns import PATTERNS
+from fastseq.patterns.base import Pattern
+
+
+@dataclass
+class Leaf:
+    """A layer as it is executed. A layer that stands twice in a Sequential is two leaves."""
+
+    path: str
+    layer: Any  # an nn.Module, or None where a Sequential holds None
+
+
+@dataclass
+class Step:
+    """Layers that one fused step computes, and the step in the words of the native engine."""
+
+    pattern: str
+    leaves: list[Leaf]
+    native: dict[str, Any]
+
+
+@dataclass
+class NativeSegment:
+    """Consecutive fused steps behind one native call. `leaves` includes what is free between them."""
+
+    steps: list[Step]
+    leaves: list[Leaf]
+    flattens_input: bool = False
+    flattens_output: bool = False
+
+
+@dataclass
+class EagerSegment:
+    """A layer that runs as it is, and why."""
+
+    leaf: Leaf
+    reason: str
+
+
+Segment = NativeSegment | EagerSegment
+
+
+@dataclass
+class Match:
+    """`containers`: the Sequential itself and the nested ones that were flattened for execution, outermost first."""
+
+    segments: list[Segment]
+    containers: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def has_native(self) -> bool:
+        return any(isinstance(segment, NativeSegment) for segment in self.segments)
+
+
+def is_plain_sequential(module: Any, kinds: tuple[type, ...] = (nn.Sequential,)) -> bool:
+    """Whether calling `module` means calling its children in order: the exact type, no forward of its own."""
+    return type(module) in kinds and "forward" not in module.__dict__
+
+
+def flatten(sequential: nn.Module, kinds: tuple[type, ...], prefix: str = "") -> tuple[list[Leaf], list[nn.Module]]:
+    """The layers of a Sequential and its nested ones in the order of execution, and the containers."""
+    leaves: list[Leaf] = []
+    containers = [sequential]
+    # _modules, not named_children(): a layer that stands twice runs twice.
+    for name, child in sequential._modules.items():
+        if is_plain_sequential(child, kinds) and child._modules:
+            inner, inner_containers = flatten(child, kinds, f"{prefix}{name}.")
+            leaves += inner
+            containers += inner_containers
+        else:
+            leaves.append(Leaf(f"{prefix}{name}", child))
+    return leaves, containers
+
+
+def is_free(layer: Any) -> bool:
+    """Whether the layer returns its argument unchanged."""
+    if type(layer) is nn.Identity:
+        return True
+    return type(layer) is nn.Dropout and not layer.training and 0 <= layer.p <= 1
+
+
+def is_flatten(layer: Any) -> bool:
+    return type(layer) is nn.Flatten and layer.start_dim == 1 and layer.end_dim == -1
+
+
+def match_pattern(leaves: Sequence[Leaf], table: Sequence[Pattern]) -> tuple[Pattern | None, str]:
+    """The first pattern of the table that `leaves` starts with, or why there is none."""
+    types = tuple(type(leaf.layer) for leaf in leaves)
+    reason = ""
+    for pattern in table:
+        if types[: len(pattern.types)] != pattern.types:
+            continue
+        layers = [leaf.layer for leaf in leaves[: len(pattern.types)]]
+        if any("forward" in layer.__dict__ for layer in layers):
+            reason = reason or "a layer has a forward of its own"
+            continue
+        refused = pattern.check(layers)
+        if refused is None:
+            return pattern, ""
+        # The longest pattern's objection may be to a later layer; the last one is about this layer alone.
+        reason = refused
+    return None, reason or reason_for_unknown(leaves[0].layer)
+
+
+def reason_for_unknown(layer: Any) -> str:
+    known = {kind for pattern in PATTERNS for kind in pattern.types} | {nn.Flatten, nn.Dropout, nn.Identity}
+    name = type(layer).__name__
+    for kind in known:
+        if isinstance(layer, kind) and type(layer) is not kind:
+            return f"{name} is a subclass of {kind.__name__}; fused kernels take exactly {kind.__name__}"
+    if type(layer) is nn.ReLU:
+        return "ReLU does not follow a Conv2d or Linear that is fused"
+    if type(layer) is nn.Flatten:
+        if not is_flatten(layer):
+            return f"Flatten has start_dim={layer.start_dim}, end_dim={layer.end_dim}; fused runs take 1 and -1"
+        return "Flatten stands neither behind a fused convolution or pool nor before a fused Linear"
+    if type(layer) is nn.Dropout and layer.training:
+        return "Dropout is in training mode"
+    if is_free(layer):
+        return f"{name} does nothing and stands beside no fused layer"
+    return f"no fused kernel for {name}"
+
+
+class _Run:
+    """A native run under construction: which steps may follow depends on what its data is by now."""
+
+    def __init__(self) -> None:
+        self.segment = NativeSegment([], [])
+        self.pending: list[Leaf] = []  # free layers and a leading Flatten that wait for a step
+        self.data = "unknown"  # "unknown", "flat input", "images", "flat", "rows"
+
+    def takes(self, pattern: Pattern) -> bool:
+        return self.data in ("unknown", "images") if pattern.maps_images else self.data != "images"
+
+    def takes_flatten(self) -> bool:
+        return self.data != "rows"
+
+    def add_flatten(self, leaf: Leaf) -> None:
+        if self.data == "unknown":
+            self.data = "flat input"
+        elif self.data == "images":
+            self.data = "flat"
+            self.segment.flattens_output = True
+        # Already (N, features): Flatten changes nothing.
+        self.pending.append(leaf)
+
+    def add_step(self, pattern: Pattern, leaves: list[Leaf]) -> None:
+        core = [leaf for leaf in leaves if not is_free(leaf.layer)]
+        if not self.segment.steps:
+            self.segment.flattens_input = self.data == "flat input"
+        self.segment.steps.append(Step(pattern.name, core, pattern.build([leaf.layer for leaf in core])))
+        self.segment.leaves += self.pending + leaves
+        self.pending = []
+        if pattern.maps_images:
+            self.data = "images"
+        else:
+            self.segment.flattens_output = False
+            self.data = "flat" if self.data in ("flat", "flat input") else "rows"
+
+
+def match(sequential: nn.Module, kinds: tuple[type, ...], table: Sequence[Pattern] = PATTERNS) -> Match:
+    """Segments of `sequential` in order. `kinds`: the container types that are flattened for execution."""
+    leaves, containers = flatten(sequential, kinds)
+    segments: list[Segment] = []
+    run = _Run()
+
+    def close() -> None:
+        nonlocal run
+        if run.segment.steps:
+            # What waits behind the last step does nothing, or is the Flatten whose shape the run gives.
+            run.segment.leaves += run.pending
+            segments.append(run.segment)
+        else:
+            segments.extend(EagerSegment(leaf, reason_for_unknown(leaf.layer)) for leaf in run.pending)
+        run = _Run()
+
+    i = 0
+    while i < len(leaves):
+        leaf = leaves[i]
+        if is_free(leaf.layer):
+            run.pending.append(leaf)
+            i += 1
+            continue
+        if is_flatten(leaf.layer) and "forward" not in leaf.layer.__dict__:
+            if not run.takes_flatten():
+                close()
+            run.add_flatten(leaf)
+            i += 1
+            continue
+        core = [other for other in leaves[i:] if not is_free(other.layer)]
+        pattern, reason = match_pattern(core, table)
+        if pattern is None:
+            close()
+            segments.append(EagerSegment(leaf, reason))
+            i += 1
+            continue
+        if not run.takes(pattern):
+            close()
+        end, seen = i, 0
+        while seen < len(pattern.types):
+            seen += not is_free(leaves[end].layer)
+            end += 1
+        run.add_step(pattern, leaves[i:end])
+        i = end
+    close()
+    return Match(segments, containers)

@@ -1,0 +1,107 @@
+"""What a pattern is, and the checks that several patterns share. No tensors are touched here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+Layers = Sequence[nn.Module]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A row of the table: consecutive layers, exact types, that run as one fused step.
+
+    `check(layers)` returns why these layers are declined, or None. `build(layers)` returns the step for the native engine;
+    weights are read at call time. `example()` is a tiny (layers, input shape) that matches.
+    """
+
+    name: str
+    types: tuple[type[nn.Module], ...]
+    check: Callable[[Layers], str | None]
+    build: Callable[[Layers], dict[str, Any]]
+    example: Callable[[], tuple[list[nn.Module], tuple[int, ...]]]
+    maps_images: bool = field(default=False)  # (N, C, H, W) in and out; otherwise rows of features
+
+
+# The attributes that a layer's forward reads from its __dict__, and the parameters it reads. A change of any of them
+# between two calls means a new match.
+ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.Dropout: ("p", "training"),
+}
+PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: ("weight", "bias"),
+    nn.Linear: ("weight", "bias"),
+}
+
+
+def pair(value: Any) -> tuple[int, int] | None:
+    """An int or a sequence of two ints as a pair; None for anything else, which eager may accept or reject."""
+    if type(value) is int:
+        return value, value
+    if isinstance(value, tuple) and len(value) == 2 and all(type(v) is int for v in value):
+        return value[0], value[1]
+    return None
+
+
+def has_parameters(layer: nn.Module) -> str | None:
+    """Why the layer's weight and bias cannot be read from `_parameters`, or None."""
+    for name in PARAMETERS.get(type(layer), ()):
+        if name not in layer._parameters or name in layer.__dict__:
+            return f"{name} is not a plain registered parameter (pruned, normalised or replaced); fused kernels read those"
+    return None
+
+
+def check_conv2d(layer: nn.Conv2d) -> str | None:
+    name = "Conv2d"
+    if layer.padding_mode != "zeros":
+        return f"{name} has padding_mode {layer.padding_mode!r}; fused kernels take 'zeros'"
+    if pair(layer.dilation) != (1, 1):
+        return f"{name} has dilation {layer.dilation}; fused kernels take 1"
+    if layer.groups != 1:
+        return f"{name} has groups {layer.groups}; fused kernels take 1"
+    if pair(layer.stride) is None:
+        return f"{name} has stride {layer.stride!r}; fused kernels take one or two ints"
+    if layer.padding not in ("same", "valid") and pair(layer.padding) is None:
+        return f"{name} has padding {layer.padding!r}; fused kernels take 'same', 'valid', or one or two ints"
+    return has_parameters(layer)
+
+
+def check_maxpool2d(layer: nn.MaxPool2d) -> str | None:
+    name = "MaxPool2d"
+    if layer.return_indices:
+        return f"{name} has return_indices=True; fused kernels return values only"
+    if pair(layer.dilation) != (1, 1):
+        return f"{name} has dilation {layer.dilation}; fused kernels take 1"
+    for attribute in ("kernel_size", "stride", "padding"):
+        value = getattr(layer, attribute)
+        if pair(value) is None and not (attribute == "stride" and value is None):
+            return f"{name} has {attribute} {value!r}; fused kernels take one or two ints"
+    return None
+
+
+def build_conv2d(layer: nn.Conv2d) -> dict[str, Any]:
+    same = layer.padding == "same"
+    padding = (0, 0) if layer.padding in ("same", "valid") else pair(layer.padding)
+    return {"stride": pair(layer.stride), "padding": padding, "same": same}
+
+
+def build_maxpool2d(layer: nn.MaxPool2d) -> dict[str, Any]:
+    stride = layer.kernel_size if layer.stride is None else layer.stride
+    return {
+        "kernel_size": pair(layer.kernel_size),
+        "stride": pair(stride),
+        "padding": pair(layer.padding),
+        "ceil_mode": bool(layer.ceil_mode),
+    }
+
+
+def step(op: str, name: str, *, relu: bool = False, conv: Any = None, pool: Any = None, layer: Any = None) -> dict[str, Any]:
+    """A step in the words of the native engine. `layer` is the module that holds weight and bias."""
+    return {"op": op, "name": name, "relu": relu, "conv": conv, "pool": pool, "layer": layer}

@@ -1,0 +1,125 @@
+"""From a match to the native program of one Sequential: watches on its modules, native runs, eager layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastseq import _env, _native
+from fastseq.matcher import EagerSegment, Match, NativeSegment
+from fastseq.patterns.base import ATTRIBUTES, PARAMETERS
+
+
+def watch(layer: nn.Module) -> Any:
+    """A watch on a layer: its type, hooks, parameters and the attributes its forward reads."""
+    kind = type(layer)
+    return _native.module().ModuleWatch(layer, list(ATTRIBUTES.get(kind, ())), list(PARAMETERS.get(kind, ())))
+
+
+def native_run(segment: NativeSegment) -> Any:
+    """The native run of a segment. It keeps no weights until its first call."""
+    watches: list[Any] = []
+    index: dict[int, int] = {}
+    for leaf in segment.leaves:
+        if id(leaf.layer) not in index:
+            index[id(leaf.layer)] = len(watches)
+            watches.append(watch(leaf.layer))
+    steps = []
+    for step in segment.steps:
+        holder = step.native["layer"]
+        steps.append({**step.native, "layer": None if holder is None else index[id(holder)]})
+    return _native.module().NativeRun(
+        steps,
+        watches,
+        segment.flattens_input,
+        segment.flattens_output,
+        isa=_env.isa_cap() or "",
+        kernel=_env.preferred_kernel() or "",
+    )
+
+
+class CompiledMatch:
+    """A match with its native runs, and the program that executes both."""
+
+    def __init__(self, owner: nn.Module, match: Match, checked: bool = False) -> None:
+        self.match = match
+        self.runs = [native_run(s) if isinstance(s, NativeSegment) else None for s in match.segments]
+        module = _native.module()
+        containers = [module.ModuleWatch(c, [], [], tuple(c._modules.values())) for c in match.containers]
+        segments = [
+            (run, [s.leaf.layer] if isinstance(s, EagerSegment) else [leaf.layer for leaf in s.leaves])
+            for run, s in zip(self.runs, match.segments, strict=True)
+        ]
+        self.program = (CheckedProgram if checked else module.Program)(owner, containers, segments)
+
+    def refresh(self) -> None:
+        for run in self.runs:
+            if run is not None:
+                run.refresh()
+
+
+class CheckedProgram:
+    """`_C.Program` for FASTSEQ_CHECK=1: segment by segment, each native result compared with its layers run eager."""
+
+    def __init__(self, owner: nn.Module, containers: list[Any], segments: list[tuple[Any, list[Any]]]) -> None:
+        whole = _native.module().Program
+        # An eager segment is a program of its own too, so that every refusal is the engine's.
+        self._parts = [(whole(owner, containers, [segment]), *segment) for segment in segments]
+
+    def call(self, module: nn.Module, input: Any) -> None:
+        """None: each call goes through `forward`."""
+
+    def forward(self, module: nn.Module, input: Any) -> Any:
+        value = input
+        for program, run, layers in self._parts:
+            output = program.forward(module, value)
+            if output.__class__ is str:
+                if value is input:
+                    return output
+                for layer in layers:
+                    value = layer(value)
+                continue
+            if run is not None:
+                expected = value
+                for layer in layers:
+                    expected = layer(expected)
+                assert_close_to_eager(output, expected, layers)
+            value = output
+        return value
+
+    def stats(self) -> dict[str, Any]:
+        return add_stats(program.stats() for program, _, _ in self._parts)
+
+    def reset_stats(self) -> None:
+        for program, _, _ in self._parts:
+            program.reset_stats()
+
+
+def assert_close_to_eager(actual: torch.Tensor, expected: torch.Tensor, layers: list[Any]) -> None:
+    """AssertionError if a fused result is further from eager's than rounding explains: 1e-4 of its largest finite value."""
+    finite = expected[expected.isfinite()]
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    names = ", ".join(type(layer).__name__ for layer in layers)
+    torch.testing.assert_close(
+        actual,
+        expected,
+        rtol=0.0,
+        atol=1e-4 * scale,
+        equal_nan=True,
+        check_stride=True,
+        msg=lambda text: f"FASTSEQ_CHECK: the fused result of [{names}] differs from eager's. {text}",
+    )
+
+
+def add_stats(all_stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of several programs' counters."""
+    total: dict[str, Any] = {"fused_calls": 0, "eager_calls": 0, "fallbacks": {}}
+    for stats in all_stats:
+        total["fused_calls"] += stats["fused_calls"]
+        total["eager_calls"] += stats["eager_calls"]
+        for reason, count in stats["fallbacks"].items():
+            total["fallbacks"][reason] = total["fallbacks"].get(reason, 0) + count
+    return total

@@ -1,0 +1,91 @@
+"""FusedSequential: an nn.Sequential that runs fused where it can and eager where it must."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_compiling
+
+from fastseq import _env, _native
+from fastseq.matcher import match
+from fastseq.plan import CompiledMatch
+
+log = logging.getLogger(__name__)
+
+# Keys in __dict__ that belong to this process: never copied, pickled or shared with a replica.
+_COMPILED = "_fastseq_compiled"
+_PROGRAM = "_fastseq_program"
+_CHANGED = "changed"
+
+
+class FusedSequential(nn.Sequential):
+    """`nn.Sequential` with the same children, names and `state_dict`, whose known runs execute as fused native kernels.
+
+    Made by `fastseq.optimize`. A call returns what `nn.Sequential` returns and raises what it raises: whatever the native
+    kernels do not cover (gradients, hooks, other dtypes or devices, transforms, unusual arguments) runs eager.
+
+    Args:
+        input: whatever the first layer takes; float32 CPU tensors run fused.
+
+    Raises:
+        whatever the layers raise in eager mode.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The fast lane: nn.Module.__call__ alone takes longer than a small network. None means it must run after all.
+        if not is_compiling() and len(args) == 1 and not kwargs:
+            program = self.__dict__.get(_PROGRAM)
+            if program is not None:
+                output = program.call(self, args[0])
+                if output is not None:
+                    return output
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, input: Any) -> Any:
+        """Run the layers in order. input: as the first layer takes it; returns what the last layer returns."""
+        if is_compiling() or torch.jit.is_scripting():
+            return super().forward(input)
+        compiled = self.__dict__.get(_COMPILED)
+        if compiled is None:
+            compiled = self._compile()
+        if compiled is None:
+            return super().forward(input)
+        output = compiled.program.forward(self, input)
+        if output.__class__ is str and output == _CHANGED:
+            compiled = self._compile()
+            output = _CHANGED if compiled is None else compiled.program.forward(self, input)
+        if output.__class__ is not str:
+            return output
+        log.debug("eager: %s", output)
+        return super().forward(input)
+
+    def _compile(self) -> CompiledMatch | None:
+        """Match the layers as they are now. None if the native engine is unavailable or switched off."""
+        self.__dict__.pop(_COMPILED, None)
+        self.__dict__.pop(_PROGRAM, None)
+        if not _native.native_available():
+            return None
+        compiled = CompiledMatch(self, match(self, (nn.Sequential, FusedSequential)), checked=_env.check())
+        self.__dict__[_COMPILED] = compiled
+        self.__dict__[_PROGRAM] = compiled.program
+        return compiled
+
+    def _get_name(self) -> str:
+        return "FusedSequential"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in (_COMPILED, _PROGRAM)}
+
+    def __prepare_scriptable__(self) -> nn.Sequential:
+        """torch.jit.script sees a plain nn.Sequential over the same children."""
+        plain = nn.Sequential.__new__(nn.Sequential)
+        plain.__dict__.update(self.__getstate__())
+        return plain
+
+
+def compiled_of(module: nn.Module) -> CompiledMatch | None:
+    """The compiled match that `module` used last, None before its first call and for any other module."""
+    return module.__dict__.get(_COMPILED) if type(module) is FusedSequential else None

@@ -1,0 +1,333 @@
+"""Models, inputs and the oracle that tests and benchmarks share.
+
+`MODELS` is the table of networks. `assert_matches` compares a result with the same model in float64, and allows a small
+multiple of the error that eager PyTorch itself makes: two correct float32 engines differ from each other by more than
+fixed tolerances allow once a network is deep, so float64 is the only fair judge.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "MODELS",
+    "ModelCase",
+    "Reference",
+    "assert_matches",
+    "count_flops",
+    "error_vs_float64",
+    "error_floor",
+    "relative_error",
+]
+
+
+# The networks -----------------------------------------------------------------------------------------------------
+
+
+class TwoStageConvNet(nn.Module):
+    """Two Conv-ReLU-MaxPool stages and a Linear-ReLU head, for (batch, 3, 32, 32)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.MaxPool2d(2))
+        self.layer2 = nn.Sequential(nn.Conv2d(64, 30, 5), nn.ReLU(), nn.MaxPool2d(2))
+        self.layer3 = nn.Sequential(nn.Linear(30 * 5 * 5, 10), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer2(self.layer1(x))
+        y: Tensor = self.layer3(x.view(x.shape[0], -1))
+        return y
+
+
+class ImageNetModel(nn.Module):
+    """The outline that torchvision's AlexNet and VGG share: features, adaptive average pool, classifier."""
+
+    def __init__(self, features: nn.Sequential, pooled_size: int, classifier: nn.Sequential) -> None:
+        super().__init__()
+        self.features = features
+        self.avgpool = nn.AdaptiveAvgPool2d((pooled_size, pooled_size))
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.avgpool(self.features(x))
+        y: Tensor = self.classifier(torch.flatten(x, 1))
+        return y
+
+
+def _seed1() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 20, 5), nn.ReLU(), nn.Conv2d(20, 64, 5), nn.ReLU())
+
+
+def _seed1_named() -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(
+            [
+                ("conv1", nn.Conv2d(1, 20, 5)),
+                ("relu1", nn.ReLU()),
+                ("conv2", nn.Conv2d(20, 64, 5)),
+                ("relu2", nn.ReLU()),
+            ]
+        )
+    )
+
+
+def _seed2() -> nn.Module:
+    return nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def _lenet5() -> nn.Module:
+    return nn.Sequential(
+        *_conv_stack(1, [6, "M"], kernel_size=5, padding=2),
+        *_conv_stack(6, [16, "M"], kernel_size=5, padding=0),
+        nn.Flatten(),
+        *_linear_stack(16 * 5 * 5, 120, 84, 10),
+    )
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(*_linear_stack(784, 512, 512, 10))
+
+
+def _cifar_vgg() -> nn.Module:
+    features = _conv_stack(3, [64, 64, "M", 128, 128, "M", 256, 256, "M"])
+    return nn.Sequential(*features, nn.Flatten(), *_linear_stack(256 * 4 * 4, 256, 10))
+
+
+def _alexnet() -> nn.Module:
+    features = nn.Sequential(
+        nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+        nn.Conv2d(64, 192, kernel_size=5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+        nn.Conv2d(192, 384, kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(384, 256, kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(256, 256, kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+    )
+    classifier = nn.Sequential(
+        nn.Dropout(),
+        nn.Linear(256 * 6 * 6, 4096),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(4096, 4096),
+        nn.ReLU(inplace=True),
+        nn.Linear(4096, 1000),
+    )
+    return ImageNetModel(features, 6, classifier)
+
+
+def _vgg(channels: list[int | str]) -> nn.Module:
+    features = nn.Sequential(*_conv_stack(3, channels, inplace=True))
+    classifier = nn.Sequential(
+        nn.Linear(512 * 7 * 7, 4096),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(4096, 4096),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(4096, 1000),
+    )
+    return ImageNetModel(features, 7, classifier)
+
+
+def _vgg11() -> nn.Module:
+    return _vgg([64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"])
+
+
+def _vgg16() -> nn.Module:
+    return _vgg([64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"])
+
+
+def _conv_stack(
+    c_in: int, channels: list[int | str], kernel_size: int = 3, padding: int = 1, inplace: bool = False
+) -> list[nn.Module]:
+    """Conv-ReLU for each number in `channels`, a 2x2 max-pool for each "M"."""
+    layers: list[nn.Module] = []
+    for entry in channels:
+        if isinstance(entry, str):
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [nn.Conv2d(c_in, entry, kernel_size, padding=padding), nn.ReLU(inplace=inplace)]
+            c_in = entry
+    return layers
+
+
+def _linear_stack(*widths: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them, none after the last."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    return layers[:-1]
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One network of the table: how to make it, what it takes, and the batch sizes it is usually timed at."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+    batches: tuple[int, ...]
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """The model in eval mode with He-initialised weights; the same seed gives the same bytes.
+
+        PyTorch's default initialisation shrinks activations layer by layer until the biases are all that is left of a
+        deep network; He's keeps them at unit scale, so that errors mean the same at every depth.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.make()
+            for module in model.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    if module.bias is not None:
+                        nn.init.normal_(module.bias, std=0.1)
+        return model.eval()
+
+    def example(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """A (batch, *input_shape) input from a standard normal; without a generator, always the same one."""
+        if generator is None:
+            generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, *self.input_shape, generator=generator)
+
+    @cached_property
+    def flops_per_image(self) -> int:
+        """Floating-point operations of the convolutions and Linear layers for a batch of one."""
+        with torch.device("meta"):
+            return count_flops(self.make().eval(), torch.empty(1, *self.input_shape))
+
+
+MODELS: dict[str, ModelCase] = {
+    case.name: case
+    for case in (
+        ModelCase("seed1", _seed1, (1, 28, 28), (1, 64)),
+        ModelCase("seed1_named", _seed1_named, (1, 28, 28), (1, 64)),
+        ModelCase("seed2", _seed2, (128,), (1, 32)),
+        ModelCase("seed3", TwoStageConvNet, (3, 32, 32), (1, 64)),
+        ModelCase("lenet5", _lenet5, (1, 28, 28), (1, 256)),
+        ModelCase("mlp", _mlp, (784,), (1, 256)),
+        ModelCase("cifar_vgg", _cifar_vgg, (3, 32, 32), (1, 32)),
+        ModelCase("alexnet", _alexnet, (3, 224, 224), (1, 8)),
+        ModelCase("vgg11", _vgg11, (3, 224, 224), (1,)),
+        ModelCase("vgg16", _vgg16, (3, 224, 224), (1, 4)),
+    )
+}
+
+
+def count_flops(model: nn.Module, x: Tensor) -> int:
+    """2 x multiply-adds of every Conv2d and Linear that `model(x)` runs; bias, ReLU and pooling are not counted."""
+    total = 0
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, (nn.Conv2d, nn.Linear))
+        total += 2 * output.numel() * module.weight[0].numel()
+
+    handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+# The oracle -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a model gives for one input: eager's own result, and the float64 one that both are measured against."""
+
+    eager: Tensor
+    exact: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, x: Tensor) -> Reference:
+        """Runs copies of `model` on copies of `x`, so that hooks, in-place layers and statistics leave no trace."""
+        with torch.no_grad():
+            return cls(eager=copy.deepcopy(model)(x.clone()), exact=copy.deepcopy(model).double()(x.double()))
+
+    def errors(self, actual: Tensor) -> dict[str, float]:
+        """Errors of `actual` and of eager against float64; those named `rel` are relative to the output's scale."""
+        return {
+            **relative_error(actual, self.exact),
+            **{f"eager_{name}": value for name, value in relative_error(self.eager, self.exact).items()},
+        }
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> dict[str, float]:
+    """Largest and root-mean-square error where both are finite, absolute and relative to the output's scale.
+
+    The scale is the largest (for `rel_max`) and the root-mean-square (for `rel_rms`) of the exact values, not each
+    element's own: a sum that cancels to almost nothing keeps the rounding errors of its terms.
+    """
+    actual, exact = actual.detach().double(), exact.detach().double()
+    finite = actual.isfinite() & exact.isfinite()
+    actual, exact = actual[finite], exact[finite]
+    if exact.numel() == 0:
+        return {"max_abs": 0.0, "rel_max": 0.0, "rel_rms": 0.0}
+    difference = actual - exact
+    max_abs, rms = difference.abs().max().item(), difference.square().mean().sqrt().item()
+    # An exact result of all zeros has no scale; the error then stands as it is.
+    scale_max, scale_rms = exact.abs().max().item() or 1.0, exact.square().mean().sqrt().item() or 1.0
+    return {"max_abs": max_abs, "rel_max": max_abs / scale_max, "rel_rms": rms / scale_rms}
+
+
+def error_vs_float64(actual: Tensor, model: nn.Module, x: Tensor) -> dict[str, float]:
+    """`max_abs`, `rel_max` and `rel_rms` of `actual` against `model(x)` in float64, and the same of eager."""
+    return Reference.of(model, x).errors(actual)
+
+
+def error_floor(dtype: torch.dtype) -> float:
+    """The relative error that is always allowed: a few roundings, for eager itself is sometimes exact by luck."""
+    return 8 * torch.finfo(dtype).eps
+
+
+def assert_matches(actual: Tensor, model: nn.Module, x: Tensor, factor: float = 4.0) -> None:
+    """Raises AssertionError unless `actual` is what `model(x)` gives, up to the error of the arithmetic.
+
+    Device, shape, dtype, strides and the places of NaN, inf and -inf are exactly eager's. Everywhere else, `actual` is
+    at most `factor` times as far from the float64 result as eager is, or within a few roundings (`error_floor`).
+    `model` is the plain model, not an optimised one.
+    """
+    __tracebackhide__ = True
+    reference = Reference.of(model, x)
+    eager = reference.eager
+    for name, found, expected in (
+        ("device", actual.device, eager.device),
+        ("dtype", actual.dtype, eager.dtype),
+        ("shape", tuple(actual.shape), tuple(eager.shape)),
+        ("strides", actual.stride(), eager.stride()),
+    ):
+        if found != expected:
+            raise AssertionError(f"{name}: expected {expected} as eager gives, found {found}")
+    for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        mismatches = int((test(actual) != test(eager)).sum())
+        if mismatches:
+            raise AssertionError(
+                f"{name}: eager has {int(test(eager).sum())}, found {int(test(actual).sum())}; "
+                f"{mismatches} of {eager.numel()} places differ"
+            )
+    errors = reference.errors(actual)
+    for name in ("rel_max", "rel_rms"):
+        allowed = max(error_floor(eager.dtype), factor * errors[f"eager_{name}"])
+        if errors[name] > allowed:
+            raise AssertionError(
+                f"{name}: error against float64 is {errors[name]:.3g}, allowed is {allowed:.3g} (eager: "
+                f"{errors[f'eager_{name}']:.3g}); largest absolute error {errors['max_abs']:.3g}"
+            )

@@ -1,0 +1,50 @@
+"""What every test gets: a fixed seed, torch's thread count as it was, and a skip for `gpu` tests without a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed_and_threads() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def shadow_package(tmp_path: Path) -> Callable[[str | bytes | None], dict[str, str]]:
+    """Makes a copy of the package whose extension is `content`, and returns the environment that imports it.
+
+    Text becomes `_C.py`, bytes a shared object of the right name, None no extension at all.
+    """
+
+    def make(content: str | bytes | None) -> dict[str, str]:
+        package = tmp_path / "fastseq"
+        shutil.copytree(ROOT / "fastseq", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        if isinstance(content, str):
+            (package / "_C.py").write_text(content)
+        elif content is not None:
+            (package / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(content)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTSEQ_")}
+        return {**environment, "PYTHONPATH": str(tmp_path), "PYTHONWARNINGS": "default"}
+
+    return make
