@@ -84,13 +84,13 @@ def render(info: dict[str, Any]) -> str:
         ("extension", info["extension"] or f"unusable, models run eager: {info['native_error']}"),
         ("build", ", ".join(f"{key} {value}" for key, value in info["build"].items()) or "none"),
         ("isa", info["isa"]),
-        *((f"  {isa}", "this CPU runs it" if ok else "this CPU does not") for isa, ok in supported.items()),
+        *((f"- {isa}", "this CPU runs it" if ok else "this CPU does not run it") for isa, ok in supported.items()),
         ("openmp", f"{len(info['openmp'])} mapped: {', '.join(info['openmp']) or 'none'}"),
         ("gpu", gpu),
         ("environment", " ".join(f"{key}={value}" for key, value in info["environment"].items()) or "no FASTSEQ_*"),
         ("kernels", str(len(info["kernels"]))),
     ]
-    lines = [f"{key:<13}{value}" for key, value in rows]
+    lines = [f"{key:<15}{value}" for key, value in rows]
     for isa in supported:
         names = " ".join(kernel["name"] for kernel in info["kernels"] if kernel["isa"] == isa)
         lines.append(textwrap.fill(names, 118, initial_indent="  ", subsequent_indent="  "))

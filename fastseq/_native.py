@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import os
 import warnings
+from importlib.machinery import PathFinder
 from types import ModuleType
 
 import torch
@@ -21,7 +22,8 @@ REBUILD = "in fastseq's source tree run: pip install --no-build-isolation --no-d
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     """The extension and "", or None and the reason."""
-    if importlib.util.find_spec("fastseq._C") is None:
+    # Only beside this file: the finder of an editable install would offer another tree's extension.
+    if PathFinder.find_spec("fastseq._C", [os.path.dirname(__file__)]) is None:
         return None, f"the extension fastseq._C is not built; {REBUILD}"
     running = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     try:

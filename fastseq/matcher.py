@@ -52,10 +52,10 @@ Segment = NativeSegment | EagerSegment
 
 @dataclass
 class Match:
-    """`containers`: the Sequential itself and the nested ones that were flattened for execution, outermost first."""
+    """`nested`: the Sequentials inside that were flattened for execution, outermost first."""
 
     segments: list[Segment]
-    containers: list[nn.Module] = field(default_factory=list)
+    nested: list[nn.Module] = field(default_factory=list)
 
     @property
     def has_native(self) -> bool:
@@ -68,29 +68,36 @@ def is_plain_sequential(module: Any, kinds: tuple[type, ...] = (nn.Sequential,))
 
 
 def flatten(sequential: nn.Module, kinds: tuple[type, ...], prefix: str = "") -> tuple[list[Leaf], list[nn.Module]]:
-    """The layers of a Sequential and its nested ones in the order of execution, and the containers."""
+    """The layers of a Sequential and its nested ones in the order of execution, and the nested ones."""
     leaves: list[Leaf] = []
-    containers = [sequential]
+    nested: list[nn.Module] = []
     # _modules, not named_children(): a layer that stands twice runs twice.
     for name, child in sequential._modules.items():
         if is_plain_sequential(child, kinds) and child._modules:
-            inner, inner_containers = flatten(child, kinds, f"{prefix}{name}.")
+            inner, inner_nested = flatten(child, kinds, f"{prefix}{name}.")
             leaves += inner
-            containers += inner_containers
+            nested += [child, *inner_nested]
         else:
             leaves.append(Leaf(f"{prefix}{name}", child))
-    return leaves, containers
+    return leaves, nested
+
+
+def has_own_forward(layer: Any) -> bool:
+    """Whether the instance was given a forward that eager would call instead of the class's."""
+    return isinstance(layer, nn.Module) and "forward" in layer.__dict__
 
 
 def is_free(layer: Any) -> bool:
     """Whether the layer returns its argument unchanged."""
+    if has_own_forward(layer):
+        return False
     if type(layer) is nn.Identity:
         return True
     return type(layer) is nn.Dropout and not layer.training and 0 <= layer.p <= 1
 
 
 def is_flatten(layer: Any) -> bool:
-    return type(layer) is nn.Flatten and layer.start_dim == 1 and layer.end_dim == -1
+    return type(layer) is nn.Flatten and layer.start_dim == 1 and layer.end_dim == -1 and not has_own_forward(layer)
 
 
 def match_pattern(leaves: Sequence[Leaf], table: Sequence[Pattern]) -> tuple[Pattern | None, str]:
@@ -101,8 +108,7 @@ def match_pattern(leaves: Sequence[Leaf], table: Sequence[Pattern]) -> tuple[Pat
         if types[: len(pattern.types)] != pattern.types:
             continue
         layers = [leaf.layer for leaf in leaves[: len(pattern.types)]]
-        if any("forward" in layer.__dict__ for layer in layers):
-            reason = reason or "a layer has a forward of its own"
+        if any(has_own_forward(layer) for layer in layers):
             continue
         refused = pattern.check(layers)
         if refused is None:
@@ -115,6 +121,8 @@ def match_pattern(leaves: Sequence[Leaf], table: Sequence[Pattern]) -> tuple[Pat
 def reason_for_unknown(layer: Any) -> str:
     known = {kind for pattern in PATTERNS for kind in pattern.types} | {nn.Flatten, nn.Dropout, nn.Identity}
     name = type(layer).__name__
+    if has_own_forward(layer):
+        return f"this {name} has a forward of its own"
     for kind in known:
         if isinstance(layer, kind) and type(layer) is not kind:
             return f"{name} is a subclass of {kind.__name__}; fused kernels take exactly {kind.__name__}"
@@ -170,7 +178,7 @@ class _Run:
 
 def match(sequential: nn.Module, kinds: tuple[type, ...], table: Sequence[Pattern] = PATTERNS) -> Match:
     """Segments of `sequential` in order. `kinds`: the container types that are flattened for execution."""
-    leaves, containers = flatten(sequential, kinds)
+    leaves, nested = flatten(sequential, kinds)
     segments: list[Segment] = []
     run = _Run()
 
@@ -191,7 +199,7 @@ def match(sequential: nn.Module, kinds: tuple[type, ...], table: Sequence[Patter
             run.pending.append(leaf)
             i += 1
             continue
-        if is_flatten(leaf.layer) and "forward" not in leaf.layer.__dict__:
+        if is_flatten(leaf.layer):
             if not run.takes_flatten():
                 close()
             run.add_flatten(leaf)
@@ -213,4 +221,4 @@ def match(sequential: nn.Module, kinds: tuple[type, ...], table: Sequence[Patter
         run.add_step(pattern, leaves[i:end])
         i = end
     close()
-    return Match(segments, containers)
+    return Match(segments, nested)

@@ -48,7 +48,9 @@ class CompiledMatch:
         self.match = match
         self.runs = [native_run(s) if isinstance(s, NativeSegment) else None for s in match.segments]
         module = _native.module()
-        containers = [module.ModuleWatch(c, [], [], tuple(c._modules.values())) for c in match.containers]
+        containers = [
+            module.ModuleWatch(c, [], [], tuple(c._modules.values()), is_owner=c is owner) for c in (owner, *match.nested)
+        ]
         segments = [
             (run, [s.leaf.layer] if isinstance(s, EagerSegment) else [leaf.layer for leaf in s.leaves])
             for run, s in zip(self.runs, match.segments, strict=True)

@@ -104,7 +104,7 @@ def _describe(path: str, module: nn.Sequential, inside: dict[int, str]) -> dict[
     elif type(module) is nn.Sequential:
         entry["note"] = "not optimised: fastseq.optimize would fuse this"
     else:
-        inside.update((id(container), path) for container in found.containers[1:])
+        inside.update((id(container), path) for container in found.nested)
     return entry
 
 

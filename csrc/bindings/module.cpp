@@ -112,8 +112,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("fma_peak", fma_peak, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 
   py::class_<ModuleWatch, std::shared_ptr<ModuleWatch>>(m, "ModuleWatch")
-      .def(py::init<py::object, const std::vector<std::string>&, const std::vector<std::string>&, std::optional<py::tuple>>(),
-           py::arg("module"), py::arg("attributes"), py::arg("parameters"), py::arg("children") = py::none());
+      .def(py::init<py::object, const std::vector<std::string>&, const std::vector<std::string>&, std::optional<py::tuple>,
+                    bool>(),
+           py::arg("module"), py::arg("attributes"), py::arg("parameters"), py::arg("children") = py::none(),
+           py::arg("is_owner") = false);
 
   py::class_<NativeRun, std::shared_ptr<NativeRun>>(m, "NativeRun")
       .def(py::init([](const std::vector<py::dict>& steps, std::vector<std::shared_ptr<ModuleWatch>> watches, bool flattens_input,

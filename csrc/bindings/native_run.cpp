@@ -34,9 +34,9 @@ NativeRun::NativeRun(std::vector<StepSource> steps, std::vector<std::shared_ptr<
       watches_(std::move(watches)),
       flattens_input_(flattens_input),
       flattens_output_(flattens_output),
-      options_kernels_(cpu::select_isa(isa_cap)),
+      kernels_(cpu::select_isa(isa_cap)),
       forced_kernel_(forced_kernel) {
-  if (!options_kernels_) throw std::invalid_argument("no kernels for ISA '" + isa_cap + "' on this machine");
+  if (!kernels_) throw std::invalid_argument("no kernels for ISA '" + isa_cap + "' on this machine");
   for (const StepSource& step : steps_)
     if (step.layer >= 0) parameters_.resize(parameters_.size() + 2);
 }
@@ -56,6 +56,12 @@ void NativeRun::refresh() {
   for (ParameterState& state : parameters_) state = ParameterState();
 }
 
+int NativeRun::traverse(visitproc visit, void* arg) const {
+  for (const auto& watch : watches_)
+    if (const int stop = watch->traverse(visit, arg)) return stop;
+  return 0;
+}
+
 int64_t NativeRun::packed_bytes() const {
   int64_t bytes = 0;
   for (const auto& [key, packed] : packed_) bytes += packed->bytes();
@@ -65,11 +71,11 @@ int64_t NativeRun::packed_bytes() const {
 uint64_t NativeRun::fingerprint(const at::Tensor& tensor) const {
   const float* data = static_cast<const float*>(tensor.const_data_ptr());
   const int64_t count = tensor.numel();  // dense in some order of its dimensions, so exactly this stretch of memory
-  if (count <= kExactFloats) return options_kernels_->fingerprint(data, count, 0);
+  if (count <= kExactFloats) return kernels_->fingerprint(data, count, 0);
   uint64_t hash = 0;
   for (int64_t i = 0; i < kSampleLines; ++i) {
     const int64_t at = (count - kLineFloats) * i / (kSampleLines - 1);
-    hash = options_kernels_->fingerprint(data + at, kLineFloats, hash);
+    hash = kernels_->fingerprint(data + at, kLineFloats, hash);
   }
   return hash;
 }
@@ -167,7 +173,7 @@ const NativeRun::Entry& NativeRun::plan_for(const Signature& signature) {
   input.is_nhwc = signature.is_nhwc;
   input.features = signature.features;
   PlanOptions options;
-  options.kernels = options_kernels_;
+  options.kernels = kernels_;
   options.forced_kernel = forced_kernel_;
   options.output_is_nhwc = is_nhwc && !flattens_output_;
   Entry entry{signature, Plan::build(input, specs, options, packed_), options.output_is_nhwc};

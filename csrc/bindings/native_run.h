@@ -32,7 +32,6 @@ struct ParameterState {
 struct Outcome {
   at::Tensor value;
   Reason reason = nullptr;
-  bool is_changed = false;  // the layers are no longer those that were matched
 };
 
 class NativeRun {
@@ -50,8 +49,10 @@ class NativeRun {
   void refresh();
 
   PlanPtr last_plan() const { return last_plan_; }
-  const cpu::KernelSet& kernels() const { return *options_kernels_; }
   int64_t packed_bytes() const;
+
+  // For the garbage collector: the references held here.
+  int traverse(visitproc visit, void* arg) const;
 
  private:
   struct Signature {
@@ -77,13 +78,12 @@ class NativeRun {
   std::vector<StepSource> steps_;
   std::vector<std::shared_ptr<ModuleWatch>> watches_;
   bool flattens_input_, flattens_output_;
-  const cpu::KernelSet* options_kernels_;
+  const cpu::KernelSet* kernels_;
   std::string forced_kernel_;
   std::vector<ParameterState> parameters_;  // weight and bias of each step that has them, in order
   PackCache packed_;
   std::vector<Entry> plans_;  // most recent first
   PlanPtr last_plan_;
-  std::string refusal_;
 };
 
 }  // namespace fastseq

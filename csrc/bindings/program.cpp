@@ -38,7 +38,7 @@ constexpr Reason kChanged = "changed";  // the Python side builds a new program 
 
 // Null, or why no native run may be tried at all. `is_called`: through __call__, so the owner's own hooks count.
 Reason refuse_all(const State& state, PyObject* owner, bool is_called) {
-  if (owner != state.owner) return kChanged;
+  if (owner != state.owner || state.containers.empty()) return kChanged;
   if (has_global_hooks()) return kGlobalHooks;
   for (size_t i = 0; i < state.containers.size(); ++i) {
     const WatchResult result = state.containers[i]->check(/*check_hooks=*/is_called || i > 0);
@@ -172,7 +172,32 @@ PyObject* program_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   END_HANDLE_TH_ERRORS
 }
 
+int program_traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  const State* const state = state_of(self);
+  if (!state) return 0;
+  for (const auto& watch : state->containers)
+    if (const int stop = watch->traverse(visit, arg)) return stop;
+  for (const Segment& segment : state->segments) {
+    for (const py::object& layer : segment.layers) Py_VISIT(layer.ptr());
+    if (segment.run)
+      if (const int stop = segment.run->traverse(visit, arg)) return stop;
+  }
+  return 0;
+}
+
+int program_clear(PyObject* self) {
+  // Moved out first: what is destroyed may run Python code that looks at this object.
+  State* const state = state_of(self);
+  if (!state) return 0;
+  const std::vector<Segment> segments = std::move(state->segments);
+  const auto containers = std::move(state->containers);
+  state->segments.clear(), state->containers.clear();
+  return 0;
+}
+
 void program_dealloc(PyObject* self) {
+  PyObject_GC_UnTrack(self);
   PyTypeObject* const type = Py_TYPE(self);
   delete state_of(self);
   type->tp_free(self);
@@ -192,12 +217,14 @@ PyMethodDef program_methods[] = {
 PyType_Slot program_slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(program_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(program_dealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(program_traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(program_clear)},
     {Py_tp_methods, program_methods},
     {Py_tp_doc, const_cast<char*>("Native runs and eager layers of one Sequential, in order.")},
     {0, nullptr},
 };
 
-PyType_Spec program_spec = {"fastseq._C.Program", sizeof(Program), 0, Py_TPFLAGS_DEFAULT, program_slots};
+PyType_Spec program_spec = {"fastseq._C.Program", sizeof(Program), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, program_slots};
 
 }  // namespace
 

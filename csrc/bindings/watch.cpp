@@ -25,9 +25,10 @@ PyObject* type_forward(PyTypeObject* type) {
 
 }  // namespace
 
-ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attributes,
-                         const std::vector<std::string>& parameters, std::optional<py::tuple> children)
-    : module_(std::move(module)), type_(Py_TYPE(module_.ptr())), children_(std::move(children)) {
+ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attributes, const std::vector<std::string>& parameters,
+                         std::optional<py::tuple> children, bool is_owner)
+    : module_(module.ptr()), is_owner_(is_owner), type_(Py_TYPE(module_)), children_(std::move(children)) {
+  if (!is_owner_) Py_INCREF(module_);
   forward_ = py::reinterpret_borrow<py::object>(type_forward(type_));
   const py::dict values = dict();
   for (const std::string& name : attributes) {
@@ -38,14 +39,24 @@ ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attr
     parameters_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str())));
 }
 
-py::object ModuleWatch::dict() const {
-  return py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module_.ptr(), nullptr));
+ModuleWatch::~ModuleWatch() {
+  if (!is_owner_) Py_DECREF(module_);
 }
+
+int ModuleWatch::traverse(visitproc visit, void* arg) const {
+  if (!is_owner_) Py_VISIT(module_);
+  Py_VISIT(forward_.ptr());
+  for (const auto& [name, expected] : attributes_) Py_VISIT(expected.ptr());
+  if (children_) Py_VISIT(children_->ptr());
+  return 0;
+}
+
+py::object ModuleWatch::dict() const { return py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module_, nullptr)); }
 
 WatchResult ModuleWatch::check(bool check_hooks) const {
   static PyObject* const forward_name = interned("forward");
   static PyObject* const modules_name = interned("_modules");
-  if (Py_TYPE(module_.ptr()) != type_ || type_forward(type_) != forward_.ptr()) return WatchResult::kChanged;
+  if (Py_TYPE(module_) != type_ || type_forward(type_) != forward_.ptr()) return WatchResult::kChanged;
   const py::object holder = dict();
   PyObject* const values = holder.ptr();
   if (!values) {

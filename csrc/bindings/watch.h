@@ -19,21 +19,28 @@ class ModuleWatch {
  public:
   // attributes: names in module.__dict__ whose values were matched; parameters: names in module._parameters that forward reads.
   // children: the values of module._modules in order, for a container.
+  // is_owner: the module owns the program that this watch belongs to, and is not kept alive by it.
   ModuleWatch(py::object module, const std::vector<std::string>& attributes, const std::vector<std::string>& parameters,
-              std::optional<py::tuple> children);
+              std::optional<py::tuple> children, bool is_owner);
+  ~ModuleWatch();
+  ModuleWatch(const ModuleWatch&) = delete;
+  ModuleWatch& operator=(const ModuleWatch&) = delete;
 
   WatchResult check(bool check_hooks = true) const;
 
   // The parameter object, borrowed; null if the module no longer has it (None is returned as such).
   PyObject* parameter(size_t index) const;
-  PyObject* module() const { return module_.ptr(); }
   // torch.nn.Module.compile() was called on the module.
   bool is_compiled() const;
+
+  // For the garbage collector: the references held here.
+  int traverse(visitproc visit, void* arg) const;
 
  private:
   py::object dict() const;
 
-  py::object module_;
+  PyObject* module_;
+  bool is_owner_;
   PyTypeObject* type_;
   py::object forward_;  // of the type, in case somebody patches the class
   std::vector<std::pair<py::object, py::object>> attributes_;

@@ -135,10 +135,13 @@ void Executor::run(const float* src, float* dst, int64_t batch, int threads) con
 void Executor::run_by_image(const float* src, float* dst, int64_t batch, int threads) const {
   const bool has_spatial = !plan_.spatial_.empty(), has_linear = !plan_.linear_.empty();
   const bool splits = plan_.splits_at_linear_;
-  Lease arenas(plan_.pool_);
-  std::vector<float*> arena(static_cast<size_t>(threads));
-  for (float*& a : arena) a = arenas.add(plan_.arena_floats_);
-  float* all_features = splits ? arenas.add(batch * plan_.features_) : nullptr;
+  Lease arenas(plan_.arenas_), scratch(plan_.scratch_);
+  std::vector<Workspace> at(static_cast<size_t>(threads));
+  for (Workspace& w : at) {
+    w.arena = arenas.add(plan_.arena_floats_);
+    if (plan_.ring_floats_) w.ring = scratch.add(plan_.ring_floats_);
+  }
+  float* const all_features = splits ? scratch.add(batch * plan_.features_) : nullptr;
 
   const int64_t unit = has_spatial ? plan_.group_images_ : kRowBlock;
   const int64_t units = block_count(batch, unit, threads);
@@ -148,20 +151,23 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
 
   float* hidden[2] = {nullptr, nullptr};
   if (chain_by_panel)
-    for (float*& h : hidden) h = arenas.add(batch * plan_.rows_stride_ + 1);
+    for (float*& h : hidden) h = scratch.add(batch * plan_.rows_stride_);
 
   auto work = [&](int thread, int count, Barrier& barrier) {
-    float* const own = arena[static_cast<size_t>(thread)];
+    Workspace own = at[static_cast<size_t>(thread)];
     for (int64_t u; (u = next_unit.fetch_add(1, std::memory_order_relaxed)) < units;) {
       const int64_t first = batch * u / units, last = batch * (u + 1) / units;
       if (!has_spatial) {
-        run_chain(own, src + first * plan_.src_image_, dst + first * plan_.dst_image_, last - first);
+        run_chain(own.arena, src + first * plan_.src_image_, dst + first * plan_.dst_image_, last - first);
         continue;
       }
-      float* const group = splits ? all_features + first * plan_.features_ : own + plan_.features_offset_;
-      for (int64_t i = first; i < last; ++i)
-        run_image({own, src + i * plan_.src_image_, dst + i * plan_.dst_image_, group + (i - first) * plan_.features_});
-      if (has_linear && !splits) run_chain(own, group, dst + first * plan_.dst_image_, last - first);
+      float* const group = splits ? all_features + first * plan_.features_ : own.arena + plan_.features_offset_;
+      for (int64_t i = first; i < last; ++i) {
+        own.src = src + i * plan_.src_image_, own.dst = dst + i * plan_.dst_image_;
+        own.features = group + (i - first) * plan_.features_;
+        run_image(own);
+      }
+      if (has_linear && !splits) run_chain(own.arena, group, dst + first * plan_.dst_image_, last - first);
     }
     if (!splits) return;
     barrier.wait();
@@ -171,7 +177,7 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
     }
     for (int64_t b; (b = next_block.fetch_add(1, std::memory_order_relaxed)) < row_blocks;) {
       const int64_t first = batch * b / row_blocks, last = batch * (b + 1) / row_blocks;
-      run_chain(own, all_features + first * plan_.features_, dst + first * plan_.dst_image_, last - first);
+      run_chain(own.arena, all_features + first * plan_.features_, dst + first * plan_.dst_image_, last - first);
     }
   };
 
@@ -179,24 +185,30 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
 }
 
 void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threads) const {
-  Lease arenas(plan_.pool_);
-  std::vector<Workspace> at(static_cast<size_t>(batch));
+  Lease arenas(plan_.arenas_), scratch(plan_.scratch_);
   const bool has_spatial = !plan_.spatial_.empty();
-  float* all_features = plan_.features_ ? arenas.add(batch * plan_.features_) : nullptr;
-  if (has_spatial)
-    for (int64_t i = 0; i < batch; ++i)
-      at[static_cast<size_t>(i)] = {arenas.add(plan_.arena_floats_), src + i * plan_.src_image_, dst + i * plan_.dst_image_,
-                                    all_features ? all_features + i * plan_.features_ : nullptr};
+  float* const all_features = plan_.features_ ? scratch.add(batch * plan_.features_) : nullptr;
+  std::vector<Workspace> at(static_cast<size_t>(has_spatial ? batch : 0));
+  for (size_t i = 0; i < at.size(); ++i) {
+    const int64_t image = static_cast<int64_t>(i);
+    at[i].arena = arenas.add(plan_.arena_floats_);
+    at[i].src = src + image * plan_.src_image_, at[i].dst = dst + image * plan_.dst_image_;
+    if (all_features) at[i].features = all_features + image * plan_.features_;
+  }
+  std::vector<float*> rings(static_cast<size_t>(plan_.ring_floats_ ? threads : 0));
+  for (float*& ring : rings) ring = scratch.add(plan_.ring_floats_);
   float* hidden[2] = {nullptr, nullptr};
   if (plan_.linear_.size() > 1)
-    for (float*& h : hidden) h = arenas.add(batch * plan_.rows_stride_);
+    for (float*& h : hidden) h = scratch.add(batch * plan_.rows_stride_);
 
   // The rows of all images, one after the other, are shared out evenly; `body` gets those of one image at a time.
   auto share_rows = [&](int64_t rows, int thread, int count, auto&& body) {
     const Share share(batch * rows, thread, count);
     for (int64_t r = share.first; r < share.last;) {
       const int64_t image = r / rows, first = r % rows, last = std::min(rows, first + share.last - r);
-      body(at[static_cast<size_t>(image)], first, last);
+      Workspace own = at[static_cast<size_t>(image)];
+      if (!rings.empty()) own.ring = rings[static_cast<size_t>(thread)];
+      body(own, first, last);
       r += last - first;
     }
   };
@@ -219,12 +231,13 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
 }
 
 const float* Executor::source(const Map& map, const Workspace& at) const {
-  return map.place == Map::Place::kCallerSrc ? at.src : at.arena + map.offset + map.origin;
+  return map.place == Map::Place::kCallerSrc ? at.src : target(map, at);
 }
 
 float* Executor::target(const Map& map, const Workspace& at) const {
   if (map.place == Map::Place::kCallerDst) return at.dst;
   if (map.place == Map::Place::kFeatures) return at.features;
+  if (map.place == Map::Place::kRing) return at.ring;
   return at.arena + map.offset + map.origin;
 }
 
@@ -332,7 +345,7 @@ void Executor::pool_rows(const SpatialStep& step, const Workspace& at, int64_t f
   job.pad_w = static_cast<int32_t>(step.pool.pad_left);
   job.src_pitch = from.pitch, job.dst_pitch = step.dst.pitch;
   job.channels = static_cast<int32_t>(from.channels);
-  job.can_overread = from.place == Map::Place::kArena;
+  job.can_overread = from.place != Map::Place::kCallerSrc;
   job.lower = step.lower;
   job.row_stride = from.row_stride;
   job.ring_begin = src, job.ring_end = src + from.rows_kept * from.row_stride;

@@ -15,6 +15,7 @@ struct Workspace {
   const float* src = nullptr;  // the image in the caller's memory
   float* dst = nullptr;        // its result in the caller's memory, if the spatial steps end there
   float* features = nullptr;   // its row of features otherwise
+  float* ring = nullptr;       // the thread's own
 };
 
 class Executor {

@@ -35,7 +35,8 @@ PackedPtr pack_conv2d(const StepSpec& spec, const std::vector<int>& panels, int 
 // With spatial > 1 the features of the source are ordered pixel by pixel (NHWC) while the weight's are channel by channel.
 PackedPtr pack_linear(const StepSpec& spec, const std::vector<int>& panels, int64_t spatial, const cpu::KernelSet& kernels);
 
-// Packed weights of one native run, shared by its plans. Key: step, panel width, spatial extent.
+// Packed weights of one native run, shared by its plans. Key: step, panel width, and the spatial extent behind a Linear's features
+// or, for a convolution, whether it does not pool in registers.
 using PackCache = std::map<std::tuple<size_t, int, int64_t>, PackedPtr>;
 
 }  // namespace fastseq

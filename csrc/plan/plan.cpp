@@ -2,6 +2,7 @@
 #include "plan/plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -29,6 +30,11 @@ int32_t to_offset(int64_t value) {
 }
 
 float lower_bound(bool has_relu) { return has_relu ? 0.0f : -std::numeric_limits<float>::infinity(); }
+
+// An infinite bias makes NaN of a sum that is infinite the other way, which pooling the sums before the bias would hide.
+bool has_infinity(const float* values, int64_t count) {
+  return values && std::any_of(values, values + count, [](float v) { return std::isinf(v); });
+}
 
 // The reduction as contiguous stretches: `taps` stretches of `length` at the given offsets. Partial sums end at the same places
 // however the source is laid out, so layouts give the same bits.
@@ -215,7 +221,7 @@ class PlanBuilder {
       step.conv_h = std::min(full.h, (dst.h - 1) * w.stride_h - w.pad_top + w.k_h);
       step.conv_w = std::min(full.w, (dst.w - 1) * w.stride_w - w.pad_left + w.k_w);
       step.pools_in_registers = w.k_h == 2 && w.k_w == 2 && w.stride_h == 2 && w.stride_w == 2 && !w.pad_top && !w.pad_left &&
-                                2 * dst.h <= full.h && 2 * dst.w <= full.w;
+                                2 * dst.h <= full.h && 2 * dst.w <= full.w && !has_infinity(spec.bias, spec.out);
     }
     step.flops = 2.0 * step.conv_h * step.conv_w * spec.out * spec.in * spec.conv.k_h * spec.conv.k_w;
 
@@ -224,7 +230,7 @@ class PlanBuilder {
     const Choice choice =
         choose(op, max_rows, step.pools_in_registers ? set_.preferred_pool_vectors : set_.preferred_vectors, spec.out);
     step.kernel = choice.kernel;
-    PackedPtr& packed = cache_[{index, choice.vectors, 1}];
+    PackedPtr& packed = cache_[{index, choice.vectors, step.pools_in_registers ? 0 : 1}];
     if (!packed) packed = pack_conv2d(spec, choice.panels, set_.lanes);
     step.weights = packed;
     step.panels_outermost = packed->bytes() > kCachedWeightBytes;
@@ -250,7 +256,8 @@ class PlanBuilder {
     const int64_t wanted = (step.group_rows - 1) * step.pool.stride_h + std::max(step.pool.k_h, step.pool.stride_h);
     ring.rows_kept = std::min(step.conv_h, wanted);
     ring.size = ring.rows_kept * ring.row_stride;
-    claim(ring);
+    ring.place = Map::Place::kRing;
+    plan_.ring_floats_ = std::max(plan_.ring_floats_, round_up(ring.size + kSlack, 16));
   }
 
   // Offsets of the pixels of one block of output rows: row by row, or window by window for a pool in registers.

@@ -22,7 +22,7 @@ struct PlanOptions {
 
 // Where an activation map lives: NHWC with the next convolution's zero border around it, or the caller's own memory.
 struct Map {
-  enum class Place { kArena, kCallerSrc, kCallerDst, kFeatures };
+  enum class Place { kArena, kRing, kCallerSrc, kCallerDst, kFeatures };
   Place place = Place::kArena;
   int64_t channels = 0, h = 0, w = 0;
   int64_t pitch = 0;       // elements from a pixel to the next
@@ -82,7 +82,8 @@ class Plan {
 
   const OutputSpec& output() const { return output_; }
   std::vector<StepInfo> describe() const;
-  int64_t scratch_bytes() const { return arena_floats_ * static_cast<int64_t>(sizeof(float)); }
+  // Per thread, or per image where rows are shared out.
+  int64_t scratch_bytes() const { return (arena_floats_ + ring_floats_) * static_cast<int64_t>(sizeof(float)); }
 
  private:
   friend class PlanBuilder;
@@ -104,13 +105,14 @@ class Plan {
   int64_t group_images_ = 1;   // images a thread takes through both
   bool splits_at_linear_ = false;  // all images through the spatial steps first: the Linear weights should be read once
 
-  int64_t arena_floats_ = 0;
+  int64_t arena_floats_ = 0;  // of an image's maps: their zero borders are written once, so an arena is never anything else
+  int64_t ring_floats_ = 0;   // of a thread's ring of rows, used by one step at a time
   int64_t features_offset_ = 0, rows_offset_[2] = {0, 0};
   int64_t rows_stride_ = 0;  // elements of a hidden Linear row
 
   double flops_ = 0;          // per image or row
   int64_t weight_bytes_ = 0;
-  mutable BufferPool pool_;
+  mutable BufferPool arenas_, scratch_;
 };
 using PlanPtr = std::shared_ptr<const Plan>;
 

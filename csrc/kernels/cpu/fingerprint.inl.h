@@ -40,7 +40,8 @@ static uint64_t fingerprint(const float* src, int64_t count, uint64_t seed) {
   for (; n < count; ++n) {
     uint32_t bits;
     __builtin_memcpy(&bits, src + n, sizeof bits);
-    h = mix(h ^ bits) + 0x9e3779b97f4a7c15ull;
+    h = (h ^ bits) * 0x9ddfea08eb382d69ull;
+    h ^= h >> 32;
   }
-  return h;
+  return mix(h);
 }

@@ -186,7 +186,6 @@ static double fma_probe(int64_t iterations, float* sink) {
   for (int64_t n = 0; n < iterations; ++n) {
 #pragma GCC unroll 16
     for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * x + y;
-    __asm__ volatile("" ::: "memory");
   }
   Vec sum = acc[0];
   for (int i = 1; i < kChains; ++i) sum += acc[i];
