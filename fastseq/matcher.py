@@ -12,6 +12,13 @@ from fastseq.patterns import PATTERNS
 from fastseq.patterns.base import Pattern
 
 
+SEQUENTIAL = nn.Sequential
+SEQUENTIAL_FORWARD = nn.Sequential.forward
+KNOWN_LAYERS = {kind for pattern in PATTERNS for kind in pattern.types} | {nn.Flatten, nn.Dropout, nn.Identity}
+# What the patterns describe: the classes' forwards as torch wrote them.
+FORWARDS = {kind: kind.forward for kind in KNOWN_LAYERS}
+
+
 @dataclass
 class Leaf:
     """A layer as it is executed. A layer that stands twice in a Sequential is two leaves."""
@@ -83,8 +90,9 @@ def flatten(sequential: nn.Module, kinds: tuple[type, ...], prefix: str = "") ->
 
 
 def has_own_forward(layer: Any) -> bool:
-    """Whether the instance was given a forward that eager would call instead of the class's."""
-    return isinstance(layer, nn.Module) and "forward" in layer.__dict__
+    """Whether the instance or its class was given another forward than torch's."""
+    kind = type(layer)
+    return kind in FORWARDS and ("forward" in layer.__dict__ or kind.forward is not FORWARDS[kind])
 
 
 def is_free(layer: Any) -> bool:
@@ -119,11 +127,10 @@ def match_pattern(leaves: Sequence[Leaf], table: Sequence[Pattern]) -> tuple[Pat
 
 
 def reason_for_unknown(layer: Any) -> str:
-    known = {kind for pattern in PATTERNS for kind in pattern.types} | {nn.Flatten, nn.Dropout, nn.Identity}
     name = type(layer).__name__
     if has_own_forward(layer):
         return f"this {name} has a forward of its own"
-    for kind in known:
+    for kind in KNOWN_LAYERS:
         if isinstance(layer, kind) and type(layer) is not kind:
             return f"{name} is a subclass of {kind.__name__}; fused kernels take exactly {kind.__name__}"
     if type(layer) is nn.ReLU:

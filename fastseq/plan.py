@@ -41,11 +41,18 @@ def native_run(segment: NativeSegment) -> Any:
     )
 
 
-class CompiledMatch:
-    """A match with its native runs, and the program that executes both."""
+CHANGED = "changed"  # the refusal that asks for a new match
 
-    def __init__(self, owner: nn.Module, match: Match, checked: bool = False) -> None:
+
+class CompiledMatch:
+    """A match with its native runs, and the program that executes both.
+
+    `before`: what the owner ran so far; its counters are carried on.
+    """
+
+    def __init__(self, owner: nn.Module, match: Match, before: CompiledMatch | None = None, checked: bool = False) -> None:
         self.match = match
+        self.past = add_stats([]) if before is None else before.stats()
         self.runs = [native_run(s) if isinstance(s, NativeSegment) else None for s in match.segments]
         module = _native.module()
         containers = [
@@ -56,6 +63,15 @@ class CompiledMatch:
             for run, s in zip(self.runs, match.segments, strict=True)
         ]
         self.program = (CheckedProgram if checked else module.Program)(owner, containers, segments)
+        self.call = self.program.call
+        self.refused = module.Refused
+
+    def stats(self) -> dict[str, Any]:
+        return add_stats([self.past, self.program.stats()])
+
+    def reset_stats(self) -> None:
+        self.past = add_stats([])
+        self.program.reset_stats()
 
     def refresh(self) -> None:
         for run in self.runs:
@@ -67,19 +83,21 @@ class CheckedProgram:
     """`_C.Program` for FASTSEQ_CHECK=1: segment by segment, each native result compared with its layers run eager."""
 
     def __init__(self, owner: nn.Module, containers: list[Any], segments: list[tuple[Any, list[Any]]]) -> None:
-        whole = _native.module().Program
+        module = _native.module()
+        self._refused = module.Refused
         # An eager segment is a program of its own too, so that every refusal is the engine's.
-        self._parts = [(whole(owner, containers, [segment]), *segment) for segment in segments]
+        self._parts = [(module.Program(owner, containers, [segment]), *segment) for segment in segments]
 
-    def call(self, module: nn.Module, input: Any) -> None:
-        """None: each call goes through `forward`."""
+    def call(self, module: nn.Module, input: Any) -> Any:
+        """Always refuses: each call goes through `forward`."""
+        return self._refused
 
     def forward(self, module: nn.Module, input: Any) -> Any:
         value = input
-        for program, run, layers in self._parts:
+        for i, (program, run, layers) in enumerate(self._parts):
             output = program.forward(module, value)
-            if output.__class__ is str:
-                if value is input:
+            if output.__class__ is self._refused:
+                if i == 0:
                     return output
                 for layer in layers:
                     value = layer(value)

@@ -137,13 +137,13 @@ def stats(model: nn.Module) -> dict[str, Any]:
     Returns:
         {"fused_calls": native calls made, "eager_calls": calls that ran eager instead, "fallbacks": {reason: count}}.
     """
-    return add_stats(compiled.program.stats() for compiled in _all_compiled(model))
+    return add_stats(compiled.stats() for compiled in _all_compiled(model))
 
 
 def reset_stats(model: nn.Module) -> None:
     """Set the counters of `stats` to zero."""
     for compiled in _all_compiled(model):
-        compiled.program.reset_stats()
+        compiled.reset_stats()
 
 
 def _all_compiled(model: nn.Module) -> list[CompiledMatch]:

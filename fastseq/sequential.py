@@ -11,14 +11,12 @@ from torch.compiler import is_compiling
 
 from fastseq import _env, _native
 from fastseq.matcher import match
-from fastseq.plan import CompiledMatch
+from fastseq.plan import CHANGED, CompiledMatch
 
 log = logging.getLogger(__name__)
 
-# Keys in __dict__ that belong to this process: never copied, pickled or shared with a replica.
+# The key in __dict__ of what belongs to this process and object: never copied or pickled.
 _COMPILED = "_fastseq_compiled"
-_PROGRAM = "_fastseq_program"
-_CHANGED = "changed"
 
 
 class FusedSequential(nn.Sequential):
@@ -35,12 +33,12 @@ class FusedSequential(nn.Sequential):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # The fast lane: nn.Module.__call__ alone takes longer than a small network. None means it must run after all.
+        # The fast lane: nn.Module.__call__ alone takes longer than a small network.
         if not is_compiling() and len(args) == 1 and not kwargs:
-            program = self.__dict__.get(_PROGRAM)
-            if program is not None:
-                output = program.call(self, args[0])
-                if output is not None:
+            compiled = self.__dict__.get(_COMPILED)
+            if compiled is not None:
+                output = compiled.call(self, args[0])
+                if output is not compiled.refused:
                     return output
         return super().__call__(*args, **kwargs)
 
@@ -54,30 +52,33 @@ class FusedSequential(nn.Sequential):
         if compiled is None:
             return super().forward(input)
         output = compiled.program.forward(self, input)
-        if output.__class__ is str and output == _CHANGED:
+        if output.__class__ is compiled.refused and output == CHANGED:
             compiled = self._compile()
-            output = _CHANGED if compiled is None else compiled.program.forward(self, input)
-        if output.__class__ is not str:
+            if compiled is None:
+                return super().forward(input)
+            output = compiled.program.forward(self, input)
+        if output.__class__ is not compiled.refused:
             return output
         log.debug("eager: %s", output)
         return super().forward(input)
 
+    # Python names a function's qualified name in argument errors, and those are to read as eager's.
+    forward.__qualname__ = "Sequential.forward"
+
     def _compile(self) -> CompiledMatch | None:
         """Match the layers as they are now. None if the native engine is unavailable or switched off."""
-        self.__dict__.pop(_COMPILED, None)
-        self.__dict__.pop(_PROGRAM, None)
+        before = self.__dict__.pop(_COMPILED, None)
         if not _native.native_available():
             return None
-        compiled = CompiledMatch(self, match(self, (nn.Sequential, FusedSequential)), checked=_env.check())
+        compiled = CompiledMatch(self, match(self, (nn.Sequential, FusedSequential)), before, checked=_env.check())
         self.__dict__[_COMPILED] = compiled
-        self.__dict__[_PROGRAM] = compiled.program
         return compiled
 
     def _get_name(self) -> str:
         return "FusedSequential"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in (_COMPILED, _PROGRAM)}
+        return {key: value for key, value in self.__dict__.items() if key != _COMPILED}
 
     def __prepare_scriptable__(self) -> nn.Sequential:
         """torch.jit.script sees a plain nn.Sequential over the same children."""

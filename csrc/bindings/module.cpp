@@ -130,7 +130,7 @@ PYBIND11_MODULE(_C, m) {
       .def("packed_bytes", &NativeRun::packed_bytes)
       .def("refresh", &NativeRun::refresh);
 
-  add_program_type(m);
+  add_program_types(m);
 }
 
 }  // namespace fastseq

@@ -59,6 +59,7 @@ void NativeRun::refresh() {
 int NativeRun::traverse(visitproc visit, void* arg) const {
   for (const auto& watch : watches_)
     if (const int stop = watch->traverse(visit, arg)) return stop;
+  for (const ParameterState& state : parameters_) Py_VISIT(state.object.ptr());
   return 0;
 }
 
@@ -81,12 +82,12 @@ uint64_t NativeRun::fingerprint(const at::Tensor& tensor) const {
 }
 
 bool NativeRun::is_fresh(const ParameterState& state, PyObject* object) const {
-  if (object != state.object) return false;
+  if (!object || object != state.object.ptr()) return false;
   if (object == Py_None) return true;
   const at::Tensor* tensor = exact_tensor(object);
-  return tensor && tensor->unsafeGetTensorImpl() == state.tensor.unsafeGetTensorImpl() && tensor->const_data_ptr() == state.data &&
-         version_of(*tensor) == state.version && tensor->scalar_type() == at::kFloat && tensor->sizes().equals(state.sizes) &&
-         tensor->strides().equals(state.strides) && !refuse_tensor(*tensor, true) && fingerprint(*tensor) == state.fingerprint;
+  return tensor && tensor->unsafeGetTensorImpl() == state.tensor && !refuse_tensor(*tensor, true) &&
+         tensor->const_data_ptr() == state.data && version_of(*tensor) == state.version && tensor->sizes().equals(state.sizes) &&
+         tensor->strides().equals(state.strides) && fingerprint(*tensor) == state.fingerprint;
 }
 
 Reason NativeRun::adopt(ParameterState& state, PyObject* object, bool is_required) {
@@ -94,20 +95,20 @@ Reason NativeRun::adopt(ParameterState& state, PyObject* object, bool is_require
   if (!object) return "a layer has lost a parameter";
   if (object == Py_None) {
     if (is_required) return "a layer has no weight";
-    state.object = object;
+    state.object = py::none();
     return nullptr;
   }
   const at::Tensor* tensor = exact_tensor(object);
   if (!tensor) return "a parameter is not a plain torch.Tensor or Parameter";
   if (Reason reason = refuse_tensor(*tensor, true)) return reason;
   if (!tensor->is_non_overlapping_and_dense() || tensor->numel() == 0) return "a parameter is empty, or not dense in memory";
-  state.tensor = *tensor;
+  state.tensor = tensor->unsafeGetTensorImpl();
   state.data = tensor->const_data_ptr();
   state.version = version_of(*tensor);
   state.sizes = tensor->sizes().vec();
   state.strides = tensor->strides().vec();
   state.fingerprint = fingerprint(*tensor);
-  state.object = object;
+  state.object = py::reinterpret_borrow<py::object>(object);
   return nullptr;
 }
 
@@ -123,7 +124,7 @@ Reason NativeRun::check_parameters(bool records_grad) {
         packed_.clear();
         if (Reason reason = adopt(state, object, which == 0)) return reason;
       }
-      if (records_grad && state.tensor.defined() && state.tensor.requires_grad())
+      if (records_grad && state.tensor && exact_tensor(object)->requires_grad())
         return "gradients are being recorded (a parameter requires grad); use torch.no_grad() or inference_mode()";
     }
   }
@@ -143,7 +144,9 @@ const NativeRun::Entry& NativeRun::plan_for(const Signature& signature) {
   for (const StepSource& step : steps_) {
     StepSpec spec = step.spec;
     if (step.layer >= 0) {
-      const at::Tensor weight = parameters_[slot].tensor, bias = parameters_[slot + 1].tensor;
+      const at::Tensor weight = *exact_tensor(parameters_[slot].object.ptr());
+      PyObject* const bias_object = parameters_[slot + 1].object.ptr();
+      const at::Tensor bias = bias_object == Py_None ? at::Tensor() : *exact_tensor(bias_object);
       slot += 2;
       const int64_t rank = spec.op == Op::kConv2d ? 4 : 2;
       if (weight.dim() != rank) throw Refusal(spec.name + " weight has " + std::to_string(weight.dim()) + " dimensions");
@@ -152,6 +155,7 @@ const NativeRun::Entry& NativeRun::plan_for(const Signature& signature) {
       if (spec.op == Op::kConv2d) {
         spec.conv.k_h = weight.size(2), spec.conv.k_w = weight.size(3);
         if (step.pads_same) {
+          if (spec.conv.stride_h != 1 || spec.conv.stride_w != 1) throw Refusal("padding='same' with a stride, which eager rejects");
           // An even kernel pads one more behind than before, as F.conv2d does.
           spec.conv.pad_top = (spec.conv.k_h - 1) / 2, spec.conv.pad_bottom = spec.conv.k_h - 1 - spec.conv.pad_top;
           spec.conv.pad_left = (spec.conv.k_w - 1) / 2, spec.conv.pad_right = spec.conv.k_w - 1 - spec.conv.pad_left;

@@ -19,10 +19,11 @@ struct StepSource {
   bool pads_same = false;     // padding='same': from the weight's size at call time
 };
 
-// A parameter as the packed copy was made from it.
+// A parameter as the packed copy was made from it. The object is kept, so that its address means it; its tensor is not, since a
+// second reference to that would stop torch.utils.swap_tensors, which load_state_dict and .to() may use.
 struct ParameterState {
-  PyObject* object = nullptr;  // borrowed; `tensor` keeps its storage alive
-  at::Tensor tensor;
+  py::object object;
+  const void* tensor = nullptr;  // the TensorImpl
   const void* data = nullptr;
   uint32_t version = 0;
   uint64_t fingerprint = 0;

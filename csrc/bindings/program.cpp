@@ -33,13 +33,12 @@ struct Program {
 };
 
 constexpr Reason kHooked = "a layer has hooks";
-constexpr Reason kGlobalHooks = "hooks for all modules are registered";
 constexpr Reason kChanged = "changed";  // the Python side builds a new program and tries again
 
 // Null, or why no native run may be tried at all. `is_called`: through __call__, so the owner's own hooks count.
 Reason refuse_all(const State& state, PyObject* owner, bool is_called) {
   if (owner != state.owner || state.containers.empty()) return kChanged;
-  if (has_global_hooks()) return kGlobalHooks;
+  if (const Reason reason = refuse_globally()) return reason;
   for (size_t i = 0; i < state.containers.size(); ++i) {
     const WatchResult result = state.containers[i]->check(/*check_hooks=*/is_called || i > 0);
     if (result == WatchResult::kChanged) return kChanged;
@@ -94,6 +93,9 @@ PyObject* run_segments(State& state, PyObject* input, Reason& reason) {
   return value.release().ptr();
 }
 
+// The str subclass whose instances are reasons for eager: no layer can return one, as it could return any other object.
+PyObject* refused_type = nullptr;
+
 State* state_of(PyObject* self) { return reinterpret_cast<Program*>(self)->state; }
 
 bool check_arguments(const char* method, Py_ssize_t count) {
@@ -102,20 +104,18 @@ bool check_arguments(const char* method, Py_ssize_t count) {
   return false;
 }
 
-// call(module, input) -> result, or None if Module.__call__ must take over.
+// call(module, input) -> result, or the type Refused itself if Module.__call__ must take over.
 PyObject* program_call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (!check_arguments("call", count)) return nullptr;
   State& state = *state_of(self);
-  if (refuse_all(state, args[0], true)) Py_RETURN_NONE;
-  Reason reason = nullptr;
-  PyObject* const result = run_segments(state, args[1], reason);
-  if (!result && !PyErr_Occurred()) Py_RETURN_NONE;
-  return result;
+  Reason reason = refuse_all(state, args[0], true);
+  PyObject* const result = reason ? nullptr : run_segments(state, args[1], reason);
+  return result || PyErr_Occurred() ? result : Py_NewRef(refused_type);
   END_HANDLE_TH_ERRORS
 }
 
-// forward(module, input) -> result, or the reason (str) why eager must compute it; 'changed' asks for a new program.
+// forward(module, input) -> result, or the reason (Refused) why eager must compute it; 'changed' asks for a new program.
 PyObject* program_forward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (!check_arguments("forward", count)) return nullptr;
@@ -126,7 +126,7 @@ PyObject* program_forward(PyObject* self, PyObject* const* args, Py_ssize_t coun
     if (result || PyErr_Occurred()) return result;
   }
   if (reason != kChanged) state.counters.count_fallback(reason);
-  return PyUnicode_FromString(reason);
+  return PyObject_CallFunction(refused_type, "s", reason);
   END_HANDLE_TH_ERRORS
 }
 
@@ -206,9 +206,9 @@ void program_dealloc(PyObject* self) {
 
 PyMethodDef program_methods[] = {
     {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(program_call)), METH_FASTCALL,
-     "call(module, input) -> Tensor, or None if nn.Module.__call__ must take over"},
+     "call(module, input) -> result, or the type Refused if nn.Module.__call__ must take over"},
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(program_forward)), METH_FASTCALL,
-     "forward(module, input) -> Tensor, or the reason (str) for eager"},
+     "forward(module, input) -> result, or the reason for eager as a Refused"},
     {"stats", program_stats, METH_NOARGS, "Counters since the last reset."},
     {"reset_stats", program_reset_stats, METH_NOARGS, "Set the counters to zero."},
     {nullptr, nullptr, 0, nullptr},
@@ -224,14 +224,24 @@ PyType_Slot program_slots[] = {
     {0, nullptr},
 };
 
+PyType_Slot refused_slots[] = {
+    {Py_tp_doc, const_cast<char*>("Why eager must compute a call.")},
+    {0, nullptr},
+};
+
+PyType_Spec refused_spec = {"fastseq._C.Refused", 0, 0, Py_TPFLAGS_DEFAULT, refused_slots};
+
 PyType_Spec program_spec = {"fastseq._C.Program", sizeof(Program), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, program_slots};
 
 }  // namespace
 
-void add_program_type(py::module_& module) {
+void add_program_types(py::module_& module) {
   PyObject* const type = PyType_FromSpec(&program_spec);
   if (!type) throw py::error_already_set();
   module.add_object("Program", type);
+  refused_type = PyType_FromSpecWithBases(&refused_spec, reinterpret_cast<PyObject*>(&PyUnicode_Type));
+  if (!refused_type) throw py::error_already_set();
+  module.add_object("Refused", Py_NewRef(refused_type));
 }
 
 }  // namespace fastseq

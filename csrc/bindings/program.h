@@ -11,7 +11,7 @@
 
 namespace fastseq {
 
-// Adds the type fastseq._C.Program to the module. A plain CPython type: a pybind11 call costs as much as a small MLP.
-void add_program_type(py::module_& module);
+// Adds the types fastseq._C.Program and fastseq._C.Refused. Plain CPython types: a pybind11 call costs as much as a small MLP.
+void add_program_types(py::module_& module);
 
 }  // namespace fastseq

@@ -102,18 +102,28 @@ bool ModuleWatch::is_compiled() const {
   return compiled && compiled != Py_None;
 }
 
-bool has_global_hooks() {
-  static const std::vector<PyObject*>* const dicts = [] {
-    auto* list = new std::vector<PyObject*>;
-    const py::object module = py::module_::import("torch.nn.modules.module");
+Reason refuse_globally() {
+  struct Globals {
+    std::vector<PyObject*> hooks;
+    PyTypeObject* sequential;
+    PyObject* forward;
+  };
+  static const Globals* const globals = [] {
+    auto* g = new Globals;
+    const py::module_ module = py::module_::import("torch.nn.modules.module");
     for (const char* name :
          {"_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks"})
-      list->push_back(py::object(module.attr(name)).release().ptr());
-    return list;
+      g->hooks.push_back(py::object(module.attr(name)).release().ptr());
+    // What fastseq found when it was imported, which is before anybody could replace it behind fastseq's back.
+    const py::module_ matcher = py::module_::import("fastseq.matcher");
+    g->sequential = reinterpret_cast<PyTypeObject*>(py::object(matcher.attr("SEQUENTIAL")).release().ptr());
+    g->forward = py::object(matcher.attr("SEQUENTIAL_FORWARD")).release().ptr();
+    return g;
   }();
-  for (PyObject* hooks : *dicts)
-    if (PyDict_GET_SIZE(hooks) != 0) return true;
-  return false;
+  for (PyObject* hooks : globals->hooks)
+    if (PyDict_GET_SIZE(hooks) != 0) return "hooks for all modules are registered";
+  if (type_forward(globals->sequential) != globals->forward) return "torch.nn.Sequential.forward was replaced";
+  return nullptr;
 }
 
 }  // namespace fastseq

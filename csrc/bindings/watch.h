@@ -48,7 +48,8 @@ class ModuleWatch {
   std::optional<py::tuple> children_;
 };
 
-// Hooks registered for all modules fire for every layer, so a run with any of them is eager.
-bool has_global_hooks();
+// Null, or what concerns all modules and so leaves every run to eager: hooks registered for all of them, or an nn.Sequential whose
+// class was given another forward.
+Reason refuse_globally();
 
 }  // namespace fastseq

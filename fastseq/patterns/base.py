@@ -41,13 +41,15 @@ PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
+LARGEST = 2**31 - 1  # eager converts sizes to C ints and raises beyond this
+
+
 def pair(value: Any) -> tuple[int, int] | None:
-    """An int or a sequence of two ints as a pair; None for anything else, which eager may accept or reject."""
-    if type(value) is int:
-        return value, value
-    if isinstance(value, tuple) and len(value) == 2 and all(type(v) is int for v in value):
-        return value[0], value[1]
-    return None
+    """An int or a tuple of two ints as a pair; None for anything else, which eager may accept or reject."""
+    values = (value, value) if type(value) is int else value
+    if type(values) is not tuple or len(values) != 2:
+        return None
+    return values if all(type(v) is int and abs(v) <= LARGEST for v in values) else None
 
 
 def has_parameters(layer: nn.Module) -> str | None:
@@ -68,6 +70,8 @@ def check_conv2d(layer: nn.Conv2d) -> str | None:
         return f"{name} has groups {layer.groups}; fused kernels take 1"
     if pair(layer.stride) is None:
         return f"{name} has stride {layer.stride!r}; fused kernels take one or two ints"
+    if layer.padding == "same" and pair(layer.stride) != (1, 1):
+        return f"{name} has padding 'same' and stride {layer.stride}, which eager rejects"
     if layer.padding not in ("same", "valid") and pair(layer.padding) is None:
         return f"{name} has padding {layer.padding!r}; fused kernels take 'same', 'valid', or one or two ints"
     return has_parameters(layer)
@@ -79,6 +83,8 @@ def check_maxpool2d(layer: nn.MaxPool2d) -> str | None:
         return f"{name} has return_indices=True; fused kernels return values only"
     if pair(layer.dilation) != (1, 1):
         return f"{name} has dilation {layer.dilation}; fused kernels take 1"
+    if type(layer.ceil_mode) is not bool:
+        return f"{name} has ceil_mode {layer.ceil_mode!r}; fused kernels take a bool"
     for attribute in ("kernel_size", "stride", "padding"):
         value = getattr(layer, attribute)
         if pair(value) is None and not (attribute == "stride" and value is None):
@@ -98,7 +104,7 @@ def build_maxpool2d(layer: nn.MaxPool2d) -> dict[str, Any]:
         "kernel_size": pair(layer.kernel_size),
         "stride": pair(stride),
         "padding": pair(layer.padding),
-        "ceil_mode": bool(layer.ceil_mode),
+        "ceil_mode": layer.ceil_mode,
     }
 
 
