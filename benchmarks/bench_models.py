@@ -27,6 +27,7 @@ from fastseq.testing import MODELS, Reference
 
 CASES = [name for name in MODELS if name != "seed1_named"]  # which differs from seed1 in names only
 QUICK = {"cases": ["seed1", "seed2", "seed3", "lenet5", "mlp"], "rounds": 7, "min_time": 0.005}
+QUIET_SHARE = 0.97  # of a core, in the median block of an engine with one thread
 
 Row = dict[str, Any]
 
@@ -130,6 +131,7 @@ def describe_result(worker: Worker, result: Measurement, common: Row) -> Row:
         "p20_us": None,
         "p80_us": None,
         "gflops": None,
+        "cores_used": None,
         "err_rel_max": result.error,
         "first_result_s": result.first_result_s,
         "blocks": len(result.samples),
@@ -139,6 +141,7 @@ def describe_result(worker: Worker, result: Measurement, common: Row) -> Row:
         p20, median, p80 = percentiles(result.samples)
         flops = MODELS[common["case"]].flops_per_image * common["batch"]
         row.update(median_us=median * 1e6, p20_us=p20 * 1e6, p80_us=p80 * 1e6, gflops=flops / median / 1e9)
+        row["cores_used"] = statistics.median(result.cores_used)
     return row
 
 
@@ -228,6 +231,9 @@ def to_markdown(report: dict[str, Any]) -> str:
             "",
             *timing_table([row for row in rows if row["threads"] == threads], backends),
         ]
+        shares = [row["cores_used"] for row in rows if row["threads"] == threads == 1 and row["cores_used"]]
+        if shares and min(shares) < QUIET_SHARE:
+            lines += ["", f"**The machine was busy:** one engine had only {min(shares):.0%} of its core."]
     lines += [
         "",
         "## Largest error against float64, relative to the output's scale",

@@ -71,8 +71,11 @@ class _Session:
             per_call = (time.perf_counter() - start) / calls
         return {"error": error, "first_result_s": first_result, "calls": max(1, round(block_seconds / per_call))}
 
-    def time_block(self, calls: int) -> float:
-        """Seconds per call. The others have had the caches meanwhile, so a fifth of a block comes first, untimed."""
+    def time_block(self, calls: int) -> tuple[float, float]:
+        """Seconds per call, and CPU seconds per second of all threads.
+
+        The others have had the caches meanwhile, so a fifth of a block comes first, untimed.
+        """
         call = self.call
         assert call is not None
         gc.collect()
@@ -81,10 +84,11 @@ class _Session:
             with torch.inference_mode():
                 for _ in range(1 + calls // 5):
                     call()
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 for _ in range(calls):
                     call()
-                return (time.perf_counter() - start) / calls
+                elapsed, cpu_elapsed = time.perf_counter() - start, time.process_time() - cpu_start
+                return elapsed / calls, cpu_elapsed / elapsed
         finally:
             gc.enable()
 
@@ -126,7 +130,8 @@ def _serve(connection: Connection, peer_name: str, threads: int) -> None:
         try:
             connection.send((True, getattr(session, method)(*arguments)))
         except Exception as error:  # whatever an engine raises is its result for this case
-            connection.send((False, f"{type(error).__name__}: {error}"))
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            connection.send((False, text if len(text) <= 300 else f"{text[:300]}..."))
 
 
 class Worker:
@@ -210,9 +215,10 @@ def _inherited(environment: dict[str, str], cores: set[int]) -> Iterator[None]:
 
 @dataclass
 class Measurement:
-    """One engine on one case: seconds per call of each block, or why there are none."""
+    """One engine on one case: of each block the seconds per call and the cores in use, or why there are none."""
 
     samples: list[float] = field(default_factory=list)
+    cores_used: list[float] = field(default_factory=list)
     error: float | None = None
     first_result_s: float | None = None
     problem: str | None = None
@@ -253,7 +259,9 @@ def measure(
         shuffle(order)
         for name in order:
             try:
-                results[name].samples.append(workers[name].ask("time_block", calls[name]))
+                seconds, cores_used = workers[name].ask("time_block", calls[name])
+                results[name].samples.append(seconds)
+                results[name].cores_used.append(cores_used)
                 workers[name].wait_until_idle()
             except WorkerError as error:
                 results[name].problem = f"failed: {error}"

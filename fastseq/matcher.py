@@ -68,6 +68,12 @@ class Match:
     def has_native(self) -> bool:
         return any(isinstance(segment, NativeSegment) for segment in self.segments)
 
+    @property
+    def may_become_native(self) -> bool:
+        """Whether there is a lazy layer that turns into a known one at its first call."""
+        eager = [segment.leaf.layer for segment in self.segments if isinstance(segment, EagerSegment)]
+        return any(getattr(type(layer), "cls_to_become", None) in KNOWN_LAYERS for layer in eager)
+
 
 def is_plain_sequential(module: Any, kinds: tuple[type, ...] = (nn.Sequential,)) -> bool:
     """Whether calling `module` means calling its children in order: the exact type, no forward of its own."""
@@ -79,7 +85,8 @@ def flatten(sequential: nn.Module, kinds: tuple[type, ...], prefix: str = "") ->
     leaves: list[Leaf] = []
     nested: list[nn.Module] = []
     # _modules, not named_children(): a layer that stands twice runs twice.
-    for name, child in sequential._modules.items():
+    children: dict[str, Any] = sequential._modules
+    for name, child in children.items():
         if is_plain_sequential(child, kinds) and child._modules:
             inner, inner_nested = flatten(child, kinds, f"{prefix}{name}.")
             leaves += inner

@@ -46,7 +46,10 @@ def optimize(model: ModelT) -> ModelT:
     copied = copy.deepcopy(model)
     kinds = (nn.Sequential, FusedSequential)
     for path, module in copied.named_modules():
-        if is_plain_sequential(module) and match(module, kinds).has_native:
+        if not is_plain_sequential(module):
+            continue
+        found = match(module, kinds)
+        if found.has_native or found.may_become_native:
             # Of the ways to install a forward this one keeps pickle, deepcopy, state_dict and DataParallel working.
             module.__class__ = FusedSequential
             log.debug("fused: %s", path or "the model itself")

@@ -13,10 +13,11 @@ from fastseq.matcher import EagerSegment, Match, NativeSegment
 from fastseq.patterns.base import ATTRIBUTES, PARAMETERS
 
 
-def watch(layer: nn.Module) -> Any:
-    """A watch on a layer: its type, hooks, parameters and the attributes its forward reads."""
+def watch(layer: nn.Module, is_fused: bool = True) -> Any:
+    """A watch on a layer: its type, hooks, and the attributes and parameters its forward reads."""
     kind = type(layer)
-    return _native.module().ModuleWatch(layer, list(ATTRIBUTES.get(kind, ())), list(PARAMETERS.get(kind, ())))
+    parameters = PARAMETERS.get(kind, ()) if is_fused else ()
+    return _native.module().ModuleWatch(layer, list(ATTRIBUTES.get(kind, ())), list(parameters))
 
 
 def native_run(segment: NativeSegment) -> Any:
@@ -41,6 +42,7 @@ def native_run(segment: NativeSegment) -> Any:
     )
 
 
+ProgramSegment = tuple[Any, list[Any], Any]  # native run or None, the layers, the watch of an eager layer or None
 CHANGED = "changed"  # the refusal that asks for a new match
 
 
@@ -50,18 +52,26 @@ class CompiledMatch:
     `before`: what the owner ran so far; its counters are carried on.
     """
 
-    def __init__(self, owner: nn.Module, match: Match, before: CompiledMatch | None = None, checked: bool = False) -> None:
+    def __init__(
+        self, owner: nn.Module, match: Match, before: CompiledMatch | None = None, checked: bool = False
+    ) -> None:
         self.match = match
         self.past = add_stats([]) if before is None else before.stats()
         self.runs = [native_run(s) if isinstance(s, NativeSegment) else None for s in match.segments]
         module = _native.module()
         containers = [
-            module.ModuleWatch(c, [], [], tuple(c._modules.values()), is_owner=c is owner) for c in (owner, *match.nested)
+            module.ModuleWatch(c, [], [], tuple(c._modules.values()), is_owner=c is owner)
+            for c in (owner, *match.nested)
         ]
-        segments = [
-            (run, [s.leaf.layer] if isinstance(s, EagerSegment) else [leaf.layer for leaf in s.leaves])
-            for run, s in zip(self.runs, match.segments, strict=True)
-        ]
+        segments: list[ProgramSegment] = []
+        for run, segment in zip(self.runs, match.segments, strict=True):
+            if isinstance(segment, EagerSegment):
+                layer = segment.leaf.layer
+                # Dropout back in eval mode, an attribute set back, a lazy layer that is materialised: worth a new match.
+                watched = watch(layer, is_fused=False) if isinstance(layer, nn.Module) else None
+                segments.append((None, [layer], watched))
+            else:
+                segments.append((run, [leaf.layer for leaf in segment.leaves], None))
         self.program = (CheckedProgram if checked else module.Program)(owner, containers, segments)
         self.call = self.program.call
         self.refused = module.Refused
@@ -82,11 +92,11 @@ class CompiledMatch:
 class CheckedProgram:
     """`_C.Program` for FASTSEQ_CHECK=1: segment by segment, each native result compared with its layers run eager."""
 
-    def __init__(self, owner: nn.Module, containers: list[Any], segments: list[tuple[Any, list[Any]]]) -> None:
+    def __init__(self, owner: nn.Module, containers: list[Any], segments: list[ProgramSegment]) -> None:
         module = _native.module()
         self._refused = module.Refused
         # An eager segment is a program of its own too, so that every refusal is the engine's.
-        self._parts = [(module.Program(owner, containers, [segment]), *segment) for segment in segments]
+        self._parts = [(module.Program(owner, containers, [s]), s[0], s[1]) for s in segments]
 
     def call(self, module: nn.Module, input: Any) -> Any:
         """Always refuses: each call goes through `forward`."""

@@ -175,5 +175,9 @@ def verify(model: nn.Module, x: Tensor) -> dict[str, Any]:
         "scale": exact.abs().max().item(),
         "ratio": error / eager_error if eager_error else (0.0 if error == 0 else float("inf")),
         "fused_calls": after["fused_calls"] - reset["fused_calls"],
-        "fallbacks": {r: n - reset["fallbacks"].get(r, 0) for r, n in after["fallbacks"].items() if n > reset["fallbacks"].get(r, 0)},
+        "fallbacks": {
+            r: n - reset["fallbacks"].get(r, 0)
+            for r, n in after["fallbacks"].items()
+            if n > reset["fallbacks"].get(r, 0)
+        },
     }

@@ -36,9 +36,9 @@ class TwoStageConvNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer1 = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.MaxPool2d(2))
-        self.layer2 = nn.Sequential(nn.Conv2d(64, 30, 5), nn.ReLU(), nn.MaxPool2d(2))
-        self.layer3 = nn.Sequential(nn.Linear(30 * 5 * 5, 10), nn.ReLU())
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.layer2 = nn.Sequential(nn.Conv2d(64, 30, 5), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.layer3 = nn.Sequential(nn.Linear(30 * 5 * 5, 10), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer2(self.layer1(x))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -30,21 +32,33 @@ def seed_and_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def run_python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a new interpreter in `cwd`, whose `fastseq` it imports, with no FASTSEQ_* variables but the given ones."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FASTSEQ_")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**inherited, "PYTHONPATH": str(cwd), **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
 @pytest.fixture
-def shadow_package(tmp_path: Path) -> Callable[[str | bytes | None], dict[str, str]]:
-    """Makes a copy of the package whose extension is `content`, and returns the environment that imports it.
+def shadow_package(tmp_path: Path) -> Callable[[str | bytes | None], Path]:
+    """Makes a directory with a copy of the package whose extension is `content`.
 
     Text becomes `_C.py`, bytes a shared object of the right name, None no extension at all.
     """
 
-    def make(content: str | bytes | None) -> dict[str, str]:
+    def make(content: str | bytes | None) -> Path:
         package = tmp_path / "fastseq"
         shutil.copytree(ROOT / "fastseq", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         if isinstance(content, str):
             (package / "_C.py").write_text(content)
         elif content is not None:
             (package / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(content)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTSEQ_")}
-        return {**environment, "PYTHONPATH": str(tmp_path), "PYTHONWARNINGS": "default"}
+        return tmp_path
 
     return make

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from conftest import ROOT, run_python
 
 import fastseq
 
-Shadow = Callable[[str | bytes | None], dict[str, str]]
+Shadow = Callable[[str | bytes | None], Path]
 
 
-def run(script: str, environment: dict[str, str] | None = None) -> None:
+def check(script: str, cwd: Path = ROOT, **environment: str) -> None:
     """Runs `script` in a new interpreter; the test fails with its words if it does."""
-    if environment is None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTSEQ_")}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = run_python("-c", script, cwd=cwd, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -46,7 +43,7 @@ needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="re
 
 @needs_proc
 def test_import_is_inert() -> None:
-    run(
+    check(
         STATE
         + """
 import fastseq
@@ -61,7 +58,7 @@ assert not {name for name in new if name.startswith(("torch._dynamo", "torch._in
 
 @needs_proc
 def test_loading_the_extension_is_inert() -> None:
-    run(
+    check(
         STATE
         + """
 import fastseq
@@ -75,7 +72,7 @@ assert state() == before, (before, state())
 @needs_proc
 def test_one_openmp_runtime() -> None:
     """Torch's and the extension's OpenMP are the same file: two would be two thread pools on the same cores."""
-    run(
+    check(
         """
 import fastseq
 from fastseq.__main__ import openmp_libraries
@@ -129,13 +126,13 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_extension_runs_eager_with_one_warning(case: str, shadow_package: Shadow) -> None:
     content, reason = BROKEN[case]
-    run(f"REASON = {reason!r}" + EAGER + WARNED, shadow_package(content))
+    check(f"REASON = {reason!r}" + EAGER + WARNED, shadow_package(content))
 
 
 @pytest.mark.parametrize("content", [None, b"not a shared object"], ids=["missing", "garbage"])
 def test_disabled_is_eager_without_a_warning(content: bytes | None, shadow_package: Shadow) -> None:
     script = EAGER + "assert not ours and fastseq.native_error() == 'FASTSEQ_DISABLE=1'"
-    run(script, {**shadow_package(content), "FASTSEQ_DISABLE": "1"})
+    check(script, shadow_package(content), FASTSEQ_DISABLE="1")
 
 
 def test_disabling_counts_from_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,9 +144,7 @@ def test_disabling_counts_from_the_next_call(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_unwritable_directories_do_not_matter() -> None:
     names = ("HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TORCH_EXTENSIONS_DIR", "TMPDIR")
-    nowhere = dict.fromkeys(names, "/dev/null/nowhere")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTSEQ_")}
-    run(
+    check(
         """
 import torch
 from torch import nn
@@ -161,5 +156,5 @@ with torch.no_grad():
     torch.testing.assert_close(fast(x), model(x))
 assert fastseq.stats(fast)["fused_calls"] == 1, fastseq.stats(fast)
 """,
-        {**environment, **nowhere},
+        **dict.fromkeys(names, "/dev/null/nowhere"),
     )

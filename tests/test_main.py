@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_python
 
 import fastseq
 from fastseq.__main__ import collect, main, render
@@ -46,9 +46,8 @@ def test_set_variables_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
-def test_without_an_extension(flags: list[str], shadow_package: Callable[[None], dict[str, str]]) -> None:
-    command = [sys.executable, "-m", "fastseq", *flags]
-    result = subprocess.run(command, env=shadow_package(None), capture_output=True, text=True, timeout=300)
+def test_without_an_extension(flags: list[str], shadow_package: Callable[[None], Path]) -> None:
+    result = run_python("-m", "fastseq", *flags, cwd=shadow_package(None))
     assert result.returncode == 0, result.stderr
     assert "is not built" in result.stdout
     if flags:

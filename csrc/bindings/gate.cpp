@@ -21,9 +21,7 @@ bool has_only_plain_keys(c10::DispatchKeySet keys) {
 
 }  // namespace
 
-const at::Tensor* exact_tensor(PyObject* object) {
-  return THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr;
-}
+const at::Tensor* exact_tensor(PyObject* object) { return THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr; }
 
 Reason active_mode() {
   if (at::impl::torch_function_mode_enabled()) return "a torch function mode is active";
@@ -37,9 +35,11 @@ Reason refuse_tensor(const at::Tensor& tensor, bool is_parameter) {
   if (!has_only_plain_keys(tensor.key_set()))
     return is_parameter ? "a parameter is not a plain dense tensor" : "the input is not a plain dense tensor";
   if (tensor.scalar_type() != at::kFloat)
-    return is_parameter ? "a parameter is not float32; fused kernels take float32" : "the input is not float32; fused kernels take float32";
+    return is_parameter ? "a parameter is not float32; fused kernels take float32"
+                        : "the input is not float32; fused kernels take float32";
   // Storage that was resized to nothing, as sharding does between uses, leaves the sizes as they were.
-  if (tensor.numel() > 0 && !tensor.const_data_ptr()) return is_parameter ? "a parameter has no storage" : "the input has no storage";
+  if (tensor.numel() > 0 && !tensor.const_data_ptr())
+    return is_parameter ? "a parameter has no storage" : "the input has no storage";
   // Forward-mode tangents flow even under no_grad. Only tensors with autograd metadata can have one.
   if (tensor.unsafeGetTensorImpl()->autograd_meta() && tensor._fw_grad(/*level=*/0).defined())
     return "forward-mode differentiation is active";

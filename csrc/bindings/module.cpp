@@ -37,6 +37,7 @@ StepSource step_from(const py::dict& d) {
   if (!d["pool"].is_none()) {
     step.spec.pool = window_from(d["pool"]);
     step.spec.has_pool = step.spec.op == Op::kConv2d;
+    step.spec.pools_before_relu = d["relu_after_pool"].cast<bool>();
   }
   if (!d["layer"].is_none()) step.layer = d["layer"].cast<int>();
   return step;
@@ -87,7 +88,8 @@ double fma_peak(const std::string& isa) {
 
 py::dict build_info() {
   py::dict info;
-  info["torch"] = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + "." + std::to_string(TORCH_VERSION_PATCH);
+  info["torch"] =
+      std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + "." + std::to_string(TORCH_VERSION_PATCH);
   info["compiler"] = __VERSION__;
   info["cplusplus"] = static_cast<long>(__cplusplus);
 #ifdef NDEBUG
@@ -105,15 +107,17 @@ PYBIND11_MODULE(_C, m) {
   m.attr("TORCH_VERSION") = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);
   m.def("build_info", build_info);
   m.def("kernels", kernels, "All compiled kernels, best first.");
-  m.def("isa", [](const std::string& cap) {
-    const cpu::KernelSet* set = cpu::select_isa(cap);
-    return set ? std::string(set->isa) : std::string();
-  }, py::arg("cap") = "", "The instruction set that a run would use, '' if `cap` names none.");
+  m.def(
+      "isa",
+      [](const std::string& cap) {
+        const cpu::KernelSet* set = cpu::select_isa(cap);
+        return set ? std::string(set->isa) : std::string();
+      },
+      py::arg("cap") = "", "The instruction set that a run would use, '' if `cap` names none.");
   m.def("fma_peak", fma_peak, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 
   py::class_<ModuleWatch, std::shared_ptr<ModuleWatch>>(m, "ModuleWatch")
-      .def(py::init<py::object, const std::vector<std::string>&, const std::vector<std::string>&, std::optional<py::tuple>,
-                    bool>(),
+      .def(py::init<py::object, const std::vector<std::string>&, const std::vector<std::string>&, std::optional<py::tuple>, bool>(),
            py::arg("module"), py::arg("attributes"), py::arg("parameters"), py::arg("children") = py::none(),
            py::arg("is_owner") = false);
 
@@ -122,7 +126,8 @@ PYBIND11_MODULE(_C, m) {
                        bool flattens_output, const std::string& isa, const std::string& kernel) {
              std::vector<StepSource> sources;
              for (const py::dict& step : steps) sources.push_back(step_from(step));
-             return std::make_shared<NativeRun>(std::move(sources), std::move(watches), flattens_input, flattens_output, isa, kernel);
+             return std::make_shared<NativeRun>(std::move(sources), std::move(watches), flattens_input, flattens_output, isa,
+                                                kernel);
            }),
            py::arg("steps"), py::arg("watches"), py::arg("flattens_input"), py::arg("flattens_output"), py::arg("isa") = "",
            py::arg("kernel") = "")

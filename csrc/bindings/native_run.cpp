@@ -26,6 +26,38 @@ bool is_channels_last(const at::Tensor& tensor) {
   return tensor.dim() == 4 && tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
 }
 
+// Whether eager's result is in channels_last order: a convolution takes the order of its input or weight, and ReLU gives the
+// contiguous one where both orders are the same in memory.
+class FormatTracker {
+ public:
+  FormatTracker(int64_t channels, int64_t h, int64_t w, bool is_nhwc) : channels_(channels), h_(h), w_(w), is_nhwc_(is_nhwc) {}
+
+  void step(const StepSpec& spec, bool weight_is_nhwc) {
+    if (spec.op == Op::kLinear) return;
+    if (spec.op == Op::kConv2d) {
+      is_nhwc_ = is_nhwc_ || weight_is_nhwc;
+      channels_ = spec.out;
+      h_ = conv_size(h_, spec.conv.k_h, spec.conv.stride_h, spec.conv.pad_top, spec.conv.pad_bottom);
+      w_ = conv_size(w_, spec.conv.k_w, spec.conv.stride_w, spec.conv.pad_left, spec.conv.pad_right);
+    }
+    if (spec.has_relu && !spec.pools_before_relu) relu();
+    if (spec.has_pool || spec.op == Op::kMaxPool2d) {
+      h_ = pool_size(h_, spec.pool.k_h, spec.pool.stride_h, spec.pool.pad_top, spec.pool.ceil_mode);
+      w_ = pool_size(w_, spec.pool.k_w, spec.pool.stride_w, spec.pool.pad_left, spec.pool.ceil_mode);
+    }
+    if (spec.has_relu && spec.pools_before_relu) relu();
+  }
+  bool is_nhwc() const { return is_nhwc_; }
+
+ private:
+  void relu() {
+    if (channels_ == 1 || h_ * w_ == 1) is_nhwc_ = false;
+  }
+
+  int64_t channels_, h_, w_;
+  bool is_nhwc_;
+};
+
 }  // namespace
 
 NativeRun::NativeRun(std::vector<StepSource> steps, std::vector<std::shared_ptr<ModuleWatch>> watches, bool flattens_input,
@@ -134,15 +166,18 @@ Reason NativeRun::check_parameters(bool records_grad) {
 const NativeRun::Entry& NativeRun::plan_for(const Signature& signature) {
   for (size_t i = 0; i < plans_.size(); ++i) {
     if (!(plans_[i].signature == signature)) continue;
-    if (i > 0) std::rotate(plans_.begin(), plans_.begin() + static_cast<std::ptrdiff_t>(i), plans_.begin() + static_cast<std::ptrdiff_t>(i) + 1);
+    if (i > 0)
+      std::rotate(plans_.begin(), plans_.begin() + static_cast<std::ptrdiff_t>(i),
+                  plans_.begin() + static_cast<std::ptrdiff_t>(i) + 1);
     return plans_.front();
   }
   std::vector<StepSpec> specs;
   std::vector<at::Tensor> kept;  // contiguous copies live until the weights are packed
-  bool is_nhwc = signature.is_nhwc;
+  FormatTracker format(signature.channels, signature.h, signature.w, signature.is_nhwc);
   size_t slot = 0;
   for (const StepSource& step : steps_) {
     StepSpec spec = step.spec;
+    bool weight_is_nhwc = false;
     if (step.layer >= 0) {
       const at::Tensor weight = *exact_tensor(parameters_[slot].object.ptr());
       PyObject* const bias_object = parameters_[slot + 1].object.ptr();
@@ -151,16 +186,18 @@ const NativeRun::Entry& NativeRun::plan_for(const Signature& signature) {
       const int64_t rank = spec.op == Op::kConv2d ? 4 : 2;
       if (weight.dim() != rank) throw Refusal(spec.name + " weight has " + std::to_string(weight.dim()) + " dimensions");
       spec.out = weight.size(0), spec.in = weight.size(1);
-      if (bias.defined() && (bias.dim() != 1 || bias.size(0) != spec.out)) throw Refusal(spec.name + " bias does not fit its weight");
+      if (bias.defined() && (bias.dim() != 1 || bias.size(0) != spec.out))
+        throw Refusal(spec.name + " bias does not fit its weight");
       if (spec.op == Op::kConv2d) {
         spec.conv.k_h = weight.size(2), spec.conv.k_w = weight.size(3);
         if (step.pads_same) {
-          if (spec.conv.stride_h != 1 || spec.conv.stride_w != 1) throw Refusal("padding='same' with a stride, which eager rejects");
+          if (spec.conv.stride_h != 1 || spec.conv.stride_w != 1)
+            throw Refusal("padding='same' with a stride, which eager rejects");
           // An even kernel pads one more behind than before, as F.conv2d does.
           spec.conv.pad_top = (spec.conv.k_h - 1) / 2, spec.conv.pad_bottom = spec.conv.k_h - 1 - spec.conv.pad_top;
           spec.conv.pad_left = (spec.conv.k_w - 1) / 2, spec.conv.pad_right = spec.conv.k_w - 1 - spec.conv.pad_left;
         }
-        is_nhwc = is_nhwc || is_channels_last(weight);
+        weight_is_nhwc = is_channels_last(weight);
       }
       kept.push_back(weight.contiguous());
       spec.weight = static_cast<const float*>(kept.back().const_data_ptr());
@@ -169,6 +206,7 @@ const NativeRun::Entry& NativeRun::plan_for(const Signature& signature) {
         spec.bias = static_cast<const float*>(kept.back().const_data_ptr());
       }
     }
+    if (signature.is_spatial) format.step(spec, weight_is_nhwc);
     specs.push_back(std::move(spec));
   }
   InputSpec input;
@@ -179,7 +217,7 @@ const NativeRun::Entry& NativeRun::plan_for(const Signature& signature) {
   PlanOptions options;
   options.kernels = kernels_;
   options.forced_kernel = forced_kernel_;
-  options.output_is_nhwc = is_nhwc && !flattens_output_;
+  options.output_is_nhwc = format.is_nhwc() && !flattens_output_;
   Entry entry{signature, Plan::build(input, specs, options, packed_), options.output_is_nhwc};
   plans_.insert(plans_.begin(), std::move(entry));
   if (plans_.size() > kMostPlans) plans_.pop_back();
@@ -192,7 +230,8 @@ Outcome NativeRun::call(PyObject* object) {
   if (!input) return {{}, "the input is not a plain torch.Tensor"};
   if ((outcome.reason = active_mode()) || (outcome.reason = refuse_tensor(*input, false))) return outcome;
   const bool records_grad = at::GradMode::is_enabled();
-  if (records_grad && input->requires_grad()) return {{}, "gradients are being recorded (the input requires grad); use torch.no_grad() or inference_mode()"};
+  if (records_grad && input->requires_grad())
+    return {{}, "gradients are being recorded (the input requires grad); use torch.no_grad() or inference_mode()"};
 
   Signature signature;
   const bool is_first_spatial = steps_.front().spec.op != Op::kLinear;

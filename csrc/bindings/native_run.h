@@ -14,9 +14,9 @@
 namespace fastseq {
 
 struct StepSource {
-  StepSpec spec;              // all but the weights
-  int layer = -1;             // index of the watch that holds weight and bias
-  bool pads_same = false;     // padding='same': from the weight's size at call time
+  StepSpec spec;           // all but the weights
+  int layer = -1;          // index of the watch that holds weight and bias
+  bool pads_same = false;  // padding='same': from the weight's size at call time
 };
 
 // A parameter as the packed copy was made from it. The object is kept, so that its address means it; its tensor is not, since a

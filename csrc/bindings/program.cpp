@@ -7,8 +7,9 @@ namespace fastseq {
 namespace {
 
 struct Segment {
-  std::shared_ptr<NativeRun> run;   // null for an eager layer
-  std::vector<py::object> layers;   // those that run, in order
+  std::shared_ptr<NativeRun> run;      // null for an eager layer
+  std::vector<py::object> layers;      // those that run, in order
+  std::shared_ptr<ModuleWatch> watch;  // of an eager layer that may become one to fuse, or null
 };
 
 struct Counters {
@@ -28,8 +29,7 @@ struct State {
 };
 
 struct Program {
-  PyObject_HEAD
-  State* state;
+  PyObject_HEAD State* state;
 };
 
 constexpr Reason kHooked = "a layer has hooks";
@@ -63,11 +63,13 @@ PyObject* run_segments(State& state, PyObject* input, Reason& reason) {
     ++state.counters.fused;
     return THPVariable_Wrap(std::move(outcome.value));
   }
-  for (const Segment& segment : state.segments)
-    if (segment.run && segment.run->check() == WatchResult::kChanged) {
-      reason = kChanged;
-      return nullptr;
-    }
+  for (const Segment& segment : state.segments) {
+    const bool is_changed = segment.run ? segment.run->check() == WatchResult::kChanged
+                                        : segment.watch && segment.watch->check(false) == WatchResult::kChanged;
+    if (!is_changed) continue;
+    reason = kChanged;
+    return nullptr;
+  }
   py::object value = py::reinterpret_borrow<py::object>(input);
   for (const Segment& segment : state.segments) {
     Reason refused = "an eager layer";
@@ -151,7 +153,8 @@ PyObject* program_reset_stats(PyObject* self, PyObject*) {
   Py_RETURN_NONE;
 }
 
-// Program(owner, containers, segments): containers are ModuleWatch objects, the owner's first; segments are (run or None, layers).
+// Program(owner, containers, segments): containers are ModuleWatch objects, the owner's first; segments are
+// (run or None, layers, watch or None).
 PyObject* program_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   HANDLE_TH_ERRORS
   PyObject *owner, *containers, *segments;
@@ -163,8 +166,12 @@ PyObject* program_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     state->containers.push_back(watch.cast<std::shared_ptr<ModuleWatch>>());
   if (state->containers.empty()) throw py::value_error("Program expects the owner's watch first");
   for (const py::handle item : py::reinterpret_borrow<py::list>(segments)) {
-    const auto pair = item.cast<std::pair<py::object, std::vector<py::object>>>();
-    state->segments.push_back({pair.first.is_none() ? nullptr : pair.first.cast<std::shared_ptr<NativeRun>>(), pair.second});
+    const auto [run, layers, watch] = item.cast<std::tuple<py::object, std::vector<py::object>, py::object>>();
+    Segment segment;
+    if (!run.is_none()) segment.run = run.cast<std::shared_ptr<NativeRun>>();
+    if (!watch.is_none()) segment.watch = watch.cast<std::shared_ptr<ModuleWatch>>();
+    segment.layers = layers;
+    state->segments.push_back(std::move(segment));
   }
   PyObject* const self = type->tp_alloc(type, 0);
   if (self) reinterpret_cast<Program*>(self)->state = state.release();
@@ -182,6 +189,8 @@ int program_traverse(PyObject* self, visitproc visit, void* arg) {
     for (const py::object& layer : segment.layers) Py_VISIT(layer.ptr());
     if (segment.run)
       if (const int stop = segment.run->traverse(visit, arg)) return stop;
+    if (segment.watch)
+      if (const int stop = segment.watch->traverse(visit, arg)) return stop;
   }
   return 0;
 }

@@ -17,11 +17,13 @@ const std::array<PyObject*, 4>& hook_names() {
 // The dictionary's value, borrowed, or null. The keys are interned strings, so no comparison can raise.
 PyObject* find(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }
 
-PyObject* type_forward(PyTypeObject* type) {
+PyObject* forward_name() {
   static PyObject* const name = interned("forward");
-  // Looks along the bases; borrowed.
-  return _PyType_Lookup(type, name);
+  return name;
 }
+
+// Looks along the bases; borrowed.
+PyObject* type_forward(PyTypeObject* type) { return _PyType_Lookup(type, forward_name()); }
 
 }  // namespace
 
@@ -31,9 +33,11 @@ ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attr
   if (!is_owner_) Py_INCREF(module_);
   forward_ = py::reinterpret_borrow<py::object>(type_forward(type_));
   const py::dict values = dict();
+  const auto value_of = [&](PyObject* key) { return py::reinterpret_borrow<py::object>(find(values.ptr(), key)); };
+  own_forward_ = value_of(forward_name());
   for (const std::string& name : attributes) {
     PyObject* key = PyUnicode_InternFromString(name.c_str());
-    attributes_.emplace_back(py::reinterpret_steal<py::object>(key), values[key]);
+    attributes_.emplace_back(py::reinterpret_steal<py::object>(key), value_of(key));
   }
   for (const std::string& name : parameters)
     parameters_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str())));
@@ -46,6 +50,7 @@ ModuleWatch::~ModuleWatch() {
 int ModuleWatch::traverse(visitproc visit, void* arg) const {
   if (!is_owner_) Py_VISIT(module_);
   Py_VISIT(forward_.ptr());
+  Py_VISIT(own_forward_.ptr());
   for (const auto& [name, expected] : attributes_) Py_VISIT(expected.ptr());
   if (children_) Py_VISIT(children_->ptr());
   return 0;
@@ -54,7 +59,6 @@ int ModuleWatch::traverse(visitproc visit, void* arg) const {
 py::object ModuleWatch::dict() const { return py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module_, nullptr)); }
 
 WatchResult ModuleWatch::check(bool check_hooks) const {
-  static PyObject* const forward_name = interned("forward");
   static PyObject* const modules_name = interned("_modules");
   if (Py_TYPE(module_) != type_ || type_forward(type_) != forward_.ptr()) return WatchResult::kChanged;
   const py::object holder = dict();
@@ -68,7 +72,7 @@ WatchResult ModuleWatch::check(bool check_hooks) const {
   // A parameter of the same name in __dict__ would hide the registered one.
   for (const py::object& name : parameters_)
     if (find(values, name.ptr())) return WatchResult::kChanged;
-  if (find(values, forward_name)) return WatchResult::kChanged;
+  if (find(values, forward_name()) != own_forward_.ptr()) return WatchResult::kChanged;
   if (children_) {
     PyObject* const modules = find(values, modules_name);
     const Py_ssize_t count = static_cast<Py_ssize_t>(children_->size());

@@ -17,9 +17,9 @@ enum class WatchResult { kSame, kHooked, kChanged };
 
 class ModuleWatch {
  public:
-  // attributes: names in module.__dict__ whose values were matched; parameters: names in module._parameters that forward reads.
-  // children: the values of module._modules in order, for a container.
-  // is_owner: the module owns the program that this watch belongs to, and is not kept alive by it.
+  // attributes: names in module.__dict__ whose values (or absence) were matched; parameters: names in module._parameters that
+  // forward reads. children: the values of module._modules in order, for a container. is_owner: the module owns the program that
+  // this watch belongs to, and is not kept alive by it.
   ModuleWatch(py::object module, const std::vector<std::string>& attributes, const std::vector<std::string>& parameters,
               std::optional<py::tuple> children, bool is_owner);
   ~ModuleWatch();
@@ -42,7 +42,8 @@ class ModuleWatch {
   PyObject* module_;
   bool is_owner_;
   PyTypeObject* type_;
-  py::object forward_;  // of the type, in case somebody patches the class
+  py::object forward_;      // of the type, in case somebody patches the class
+  py::object own_forward_;  // of the instance, normally none
   std::vector<std::pair<py::object, py::object>> attributes_;
   std::vector<py::object> parameters_;
   std::optional<py::tuple> children_;

@@ -309,8 +309,8 @@ void Executor::conv_rows(const SpatialStep& step, const Workspace& at, const Map
   }
 }
 
-void Executor::conv_panel(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel, int64_t row,
-                          int64_t rows) const {
+void Executor::conv_panel(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel,
+                          int64_t row, int64_t rows) const {
   const int64_t scale = step.pools_in_registers ? 2 : 1;
   const int width = panel.vectors * kernels_.lanes;
   cpu::TileJob job = {};
@@ -384,8 +384,7 @@ void Executor::run_linear(const LinearStep& step, const float* src, float* dst, 
       size_t side_by_side = 1;
       if (count <= 3 && panel.vectors == kernels_.preferred_vectors) {
         const size_t most_panels = static_cast<size_t>(kernels_.row_panels[count]);
-        while (side_by_side < most_panels && p + side_by_side < last &&
-               weights.panels[p + side_by_side].vectors == panel.vectors)
+        while (side_by_side < most_panels && p + side_by_side < last && weights.panels[p + side_by_side].vectors == panel.vectors)
           ++side_by_side;
         job.panel_stride = step.k * panel.vectors * kernels_.lanes;
       }

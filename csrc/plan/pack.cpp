@@ -27,7 +27,8 @@ std::vector<int> split_vectors(int vectors, int preferred, const int* max_rows) 
   while (vectors > 0) {
     int take = std::min(preferred, vectors);
     // A lone vector at the end would have too few sums in flight: widen the last panel, or even out the last two.
-    if (vectors == preferred + 1) take = preferred + 1 <= cpu::kMaxVectors && max_rows[preferred + 1] ? preferred + 1 : (preferred + 2) / 2;
+    if (vectors == preferred + 1)
+      take = preferred + 1 <= cpu::kMaxVectors && max_rows[preferred + 1] ? preferred + 1 : (preferred + 2) / 2;
     while (take > 1 && !max_rows[take]) --take;
     panels.push_back(take);
     vectors -= take;

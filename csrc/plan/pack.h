@@ -15,8 +15,8 @@ namespace fastseq {
 
 struct Panel {
   int vectors;
-  int first_lane;          // of the output channels
-  int64_t weight_offset;   // in elements
+  int first_lane;         // of the output channels
+  int64_t weight_offset;  // in elements
 };
 
 struct PackedWeights {

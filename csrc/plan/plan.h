@@ -101,8 +101,8 @@ class Plan {
   Map exit_;  // NHWC source of the final transpose
 
   std::vector<LinearStep> linear_;
-  int64_t features_ = 0;       // elements of an image's features between the spatial steps and Linear, 0 if there is no such place
-  int64_t group_images_ = 1;   // images a thread takes through both
+  int64_t features_ = 0;      // elements of an image's features between the spatial steps and Linear, 0 if there is no such place
+  int64_t group_images_ = 1;  // images a thread takes through both
   bool splits_at_linear_ = false;  // all images through the spatial steps first: the Linear weights should be read once
 
   int64_t arena_floats_ = 0;  // of an image's maps: their zero borders are written once, so an arena is never anything else
@@ -110,7 +110,7 @@ class Plan {
   int64_t features_offset_ = 0, rows_offset_[2] = {0, 0};
   int64_t rows_stride_ = 0;  // elements of a hidden Linear row
 
-  double flops_ = 0;          // per image or row
+  double flops_ = 0;  // per image or row
   int64_t weight_bytes_ = 0;
   mutable BufferPool arenas_, scratch_;
 };

@@ -33,6 +33,7 @@ struct StepSpec {
   Window conv;
   bool has_relu = false;
   bool has_pool = false;
+  bool pools_before_relu = false;  // the same values, but see how the memory format follows
   Window pool;
 };
 

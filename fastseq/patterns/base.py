@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-Layers = Sequence[nn.Module]
+Layers = Sequence[Any]  # of exactly the pattern's types, in its order
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ def has_parameters(layer: nn.Module) -> str | None:
     """Why the layer's weight and bias cannot be read from `_parameters`, or None."""
     for name in PARAMETERS.get(type(layer), ()):
         if name not in layer._parameters or name in layer.__dict__:
-            return f"{name} is not a plain registered parameter (pruned, normalised or replaced); fused kernels read those"
+            return (
+                f"{name} is not a plain registered parameter (pruned, normalised or replaced); fused kernels read those"
+            )
     return None
 
 
@@ -108,6 +110,23 @@ def build_maxpool2d(layer: nn.MaxPool2d) -> dict[str, Any]:
     }
 
 
-def step(op: str, name: str, *, relu: bool = False, conv: Any = None, pool: Any = None, layer: Any = None) -> dict[str, Any]:
+def step(
+    op: str,
+    name: str,
+    *,
+    relu: bool = False,
+    relu_after_pool: bool = False,
+    conv: Any = None,
+    pool: Any = None,
+    layer: Any = None,
+) -> dict[str, Any]:
     """A step in the words of the native engine. `layer` is the module that holds weight and bias."""
-    return {"op": op, "name": name, "relu": relu, "conv": conv, "pool": pool, "layer": layer}
+    return {
+        "op": op,
+        "name": name,
+        "relu": relu,
+        "relu_after_pool": relu_after_pool,
+        "conv": conv,
+        "pool": pool,
+        "layer": layer,
+    }

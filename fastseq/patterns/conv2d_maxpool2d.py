@@ -23,4 +23,14 @@ def example() -> tuple[list[nn.Module], tuple[int, ...]]:
     return [nn.Conv2d(3, 5, 3), nn.MaxPool2d(2)], (2, 3, 9, 8)
 
 
-PATTERN = Pattern("conv2d_maxpool2d", (nn.Conv2d, nn.MaxPool2d,), check, build, example, maps_images=True)
+PATTERN = Pattern(
+    "conv2d_maxpool2d",
+    (
+        nn.Conv2d,
+        nn.MaxPool2d,
+    ),
+    check,
+    build,
+    example,
+    maps_images=True,
+)

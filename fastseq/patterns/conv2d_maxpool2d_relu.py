@@ -15,7 +15,13 @@ def check(layers: Layers) -> str | None:
 
 def build(layers: Layers) -> dict[str, Any]:
     return step(
-        "conv2d", "conv2d_maxpool2d_relu", relu=True, conv=build_conv2d(layers[0]), pool=build_maxpool2d(layers[1]), layer=layers[0]
+        "conv2d",
+        "conv2d_maxpool2d_relu",
+        relu=True,
+        relu_after_pool=True,
+        conv=build_conv2d(layers[0]),
+        pool=build_maxpool2d(layers[1]),
+        layer=layers[0],
     )
 
 
@@ -23,4 +29,15 @@ def example() -> tuple[list[nn.Module], tuple[int, ...]]:
     return [nn.Conv2d(3, 5, 3), nn.MaxPool2d(2), nn.ReLU()], (2, 3, 9, 8)
 
 
-PATTERN = Pattern("conv2d_maxpool2d_relu", (nn.Conv2d, nn.MaxPool2d, nn.ReLU,), check, build, example, maps_images=True)
+PATTERN = Pattern(
+    "conv2d_maxpool2d_relu",
+    (
+        nn.Conv2d,
+        nn.MaxPool2d,
+        nn.ReLU,
+    ),
+    check,
+    build,
+    example,
+    maps_images=True,
+)

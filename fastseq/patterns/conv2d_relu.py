@@ -21,4 +21,14 @@ def example() -> tuple[list[nn.Module], tuple[int, ...]]:
     return [nn.Conv2d(3, 5, 3), nn.ReLU()], (2, 3, 9, 8)
 
 
-PATTERN = Pattern("conv2d_relu", (nn.Conv2d, nn.ReLU,), check, build, example, maps_images=True)
+PATTERN = Pattern(
+    "conv2d_relu",
+    (
+        nn.Conv2d,
+        nn.ReLU,
+    ),
+    check,
+    build,
+    example,
+    maps_images=True,
+)

@@ -15,7 +15,12 @@ def check(layers: Layers) -> str | None:
 
 def build(layers: Layers) -> dict[str, Any]:
     return step(
-        "conv2d", "conv2d_relu_maxpool2d", relu=True, conv=build_conv2d(layers[0]), pool=build_maxpool2d(layers[2]), layer=layers[0]
+        "conv2d",
+        "conv2d_relu_maxpool2d",
+        relu=True,
+        conv=build_conv2d(layers[0]),
+        pool=build_maxpool2d(layers[2]),
+        layer=layers[0],
     )
 
 
@@ -23,4 +28,15 @@ def example() -> tuple[list[nn.Module], tuple[int, ...]]:
     return [nn.Conv2d(3, 5, 3), nn.ReLU(), nn.MaxPool2d(2)], (2, 3, 9, 8)
 
 
-PATTERN = Pattern("conv2d_relu_maxpool2d", (nn.Conv2d, nn.ReLU, nn.MaxPool2d,), check, build, example, maps_images=True)
+PATTERN = Pattern(
+    "conv2d_relu_maxpool2d",
+    (
+        nn.Conv2d,
+        nn.ReLU,
+        nn.MaxPool2d,
+    ),
+    check,
+    build,
+    example,
+    maps_images=True,
+)

@@ -21,4 +21,13 @@ def example() -> tuple[list[nn.Module], tuple[int, ...]]:
     return [nn.Linear(7, 5), nn.ReLU()], (3, 7)
 
 
-PATTERN = Pattern("linear_relu", (nn.Linear, nn.ReLU,), check, build, example)
+PATTERN = Pattern(
+    "linear_relu",
+    (
+        nn.Linear,
+        nn.ReLU,
+    ),
+    check,
+    build,
+    example,
+)

@@ -1,6 +1,7 @@
 // fingerprint: a 64-bit mix of a block of weights, to see that they changed although nothing says so.
 // Every 64-bit word is xored with a key that depends on its position and its halves are multiplied, so scaling, permuting or
-// flipping signs changes the result. Idea: the accumulation of XXH3 (Collet, xxHash documentation). Not a defence against an adversary.
+// flipping signs changes the result. Idea: the accumulation of XXH3 (Collet, xxHash documentation). Not a defence against an
+// adversary.
 
 typedef uint64_t Words __attribute__((vector_size(8 * (kLanes / 2))));
 typedef uint64_t WordsU __attribute__((vector_size(8 * (kLanes / 2)), aligned(4), may_alias));

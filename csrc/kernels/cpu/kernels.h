@@ -41,9 +41,9 @@ using TileLoop = void (*)(const TileJob& job, int64_t tiles);
 
 // One output row of a max-pool over NHWC rows: dst[x][c] = max(lower, max over the window, NaN kept as eager keeps it).
 struct PoolRowJob {
-  const float* src;      // the first of the window's rows inside the image, at x = 0
+  const float* src;  // the first of the window's rows inside the image, at x = 0
   int64_t row_stride;
-  int32_t row_count;     // at least 1
+  int32_t row_count;      // at least 1
   const float* ring_end;  // a row that would start here starts at ring_begin instead
   const float* ring_begin;
   int32_t w_in, w_out;
@@ -70,15 +70,15 @@ using FmaProbe = double (*)(int64_t iterations, float* sink);
 // Everything that one instruction set offers.
 struct KernelSet {
   const char* isa;
-  int lanes;                        // floats in a vector
-  int max_rows[kMaxVectors + 1];    // largest tile height for 1..kMaxVectors vectors, 0 where that width has none
-  int pool_rows[kMaxVectors + 1];   // the same for pooled tiles, a multiple of 4
-  int preferred_vectors;            // tile width for layers with many channels
-  int preferred_pool_vectors;       // the same for pooled tiles
+  int lanes;                       // floats in a vector
+  int max_rows[kMaxVectors + 1];   // largest tile height for 1..kMaxVectors vectors, 0 where that width has none
+  int pool_rows[kMaxVectors + 1];  // the same for pooled tiles, a multiple of 4
+  int preferred_vectors;           // tile width for layers with many channels
+  int preferred_pool_vectors;      // the same for pooled tiles
   TileLoop tile[kMaxVectors + 1][kMaxRows + 1];
-  TileLoop pool_tile[kMaxVectors + 1][kMaxRows / 4 + 1];      // by windows in the tile
-  TileLoop row_tile[4][kMaxPanels + 1];                       // 1..3 rows, several panels of preferred_vectors at once
-  int row_panels[4];                                          // how many panels that is
+  TileLoop pool_tile[kMaxVectors + 1][kMaxRows / 4 + 1];  // by windows in the tile
+  TileLoop row_tile[4][kMaxPanels + 1];                   // 1..3 rows, several panels of preferred_vectors at once
+  int row_panels[4];                                      // how many panels that is
   PoolRow pool_row;
   Transpose transpose;
   Fingerprint fingerprint;

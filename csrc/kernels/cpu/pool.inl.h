@@ -1,5 +1,6 @@
 // maxpool2d: one output row from up to k_h NHWC input rows, vectors over the channels.
-// Windows are cut at the image's edge, which is what eager's padding with -inf amounts to; a window is never empty (the plan checks).
+// Windows are cut at the image's edge, which is what eager's padding with -inf amounts to; a window is never empty (the plan
+// checks).
 
 static FASTSEQ_INLINE Vec load_channels(const float* p, int channels, bool can_overread) {
   if (channels >= kLanes || can_overread) return load(p);

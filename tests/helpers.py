@@ -1,0 +1,85 @@
+"""What several test files share: models and inputs of integers, and running fused with proof that it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastseq
+from fastseq.testing import Reference
+
+# Every instruction set whose kernels this CPU runs, the emulated one included.
+ISAS = tuple(dict.fromkeys(row["isa"] for row in fastseq.kernels() if row["supported"]))
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch, isa: str, kernel: str = "") -> None:
+    """From here on plans are made of `isa`'s kernels, and of those named `kernel` where the layer allows."""
+    monkeypatch.setenv("FASTSEQ_ISA", isa)
+    monkeypatch.setenv("FASTSEQ_KERNEL", kernel)
+
+
+def run_fused(model: nn.Module, x: Tensor) -> Tensor:
+    """`x` through an optimised copy of `model`. Fails if anything falls back to eager."""
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        actual = fused(x)
+    assert_was_fused(fused)
+    return actual
+
+
+def assert_was_fused(fused: nn.Module) -> None:
+    counters = fastseq.stats(fused)
+    assert counters["fused_calls"] > 0, counters
+    assert not counters["fallbacks"], counters
+
+
+def kernels_used(fused: nn.Module) -> list[str]:
+    """The kernel of each fused step, as the report names them after a call."""
+    segments = [s for sequential in fastseq.explain(fused).to_dict()["sequentials"] for s in sequential["segments"]]
+    return [step["kernel"] for segment in segments if segment["kind"] == "native" for step in segment["steps"]]
+
+
+def integers(*shape: int, limit: int = 4) -> Tensor:
+    """Floats with integer values: sums of their products are exact in any order."""
+    return torch.randint(-limit, limit + 1, shape).float()
+
+
+def integer_model(*layers: nn.Module, limit: int = 4) -> nn.Sequential:
+    """The layers in eval mode with integers for weights and biases."""
+    model = nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(integers(*parameter.shape, limit=limit))
+    return model
+
+
+def assert_exact(actual: Tensor, model: nn.Sequential, x: Tensor) -> None:
+    """`actual` is the one right result of an integer-valued model and input: tolerance 0, eager's shape and strides."""
+    __tracebackhide__ = True
+    reference = Reference.of(model, x)
+    assert largest_sum(model, x) < 2**24, "the test's own numbers are too large to be exact"
+    expected = reference.exact.float()
+    for name in ("shape", "dtype", "strides"):
+        found, wanted = (getattr(t, name) if name != "strides" else t.stride() for t in (actual, reference.eager))
+        assert found == wanted, f"{name}: expected {wanted} as eager gives, found {found}"
+    wrong = actual != expected
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {wrong.numel()} differ, the first at {wrong.nonzero()[0].tolist()}: "
+        f"expected {expected[wrong][0].item()}, found {actual[wrong][0].item()}"
+    )
+
+
+def largest_sum(model: nn.Sequential, x: Tensor) -> float:
+    """A bound of every partial sum in every layer: the same network over absolute values."""
+    bounding = copy.deepcopy(model).double()
+    value, largest = x.double().abs(), 0.0
+    with torch.no_grad():
+        for parameter in bounding.parameters():
+            parameter.abs_()
+        for layer in bounding:
+            value = layer(value)
+            largest = max(largest, value.max().item())
+    return largest

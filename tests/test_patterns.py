@@ -1,0 +1,318 @@
+"""Walks the table of patterns: each is fused on its own example, and each refusal says why and gives eager's result."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import run_fused
+from torch import nn
+
+import fastseq
+from fastseq import matcher
+from fastseq.patterns import PATTERNS, base
+from fastseq.patterns.base import Pattern
+from fastseq.sequential import FusedSequential
+from fastseq.testing import assert_matches
+
+CONTAINERS = (nn.Sequential, FusedSequential)
+each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=[pattern.name for pattern in PATTERNS])
+
+
+def steps_of(model: nn.Sequential) -> list[str]:
+    """The patterns that the matcher finds, "eager" for a layer that stays."""
+    found: list[str] = []
+    for segment in matcher.match(model, CONTAINERS).segments:
+        if isinstance(segment, matcher.NativeSegment):
+            found += [step.pattern for step in segment.steps]
+        else:
+            found.append("eager")
+    return found
+
+
+def test_names_are_the_layers_in_order() -> None:
+    assert [p.name for p in PATTERNS] == ["_".join(kind.__name__.lower() for kind in p.types) for p in PATTERNS]
+    assert len({p.types for p in PATTERNS}) == len(PATTERNS)
+
+
+def test_no_pattern_hides_a_longer_one() -> None:
+    for i, first in enumerate(PATTERNS):
+        hidden = [later.name for later in PATTERNS[i + 1 :] if later.types[: len(first.types)] == first.types]
+        assert not hidden, f"{first.name} comes before {hidden}"
+
+
+@each_pattern
+def test_example_matches_its_pattern(pattern: Pattern) -> None:
+    layers, _ = pattern.example()
+    assert tuple(type(layer) for layer in layers) == pattern.types
+    assert pattern.check(layers) is None
+    assert steps_of(nn.Sequential(*layers)) == [pattern.name]
+
+
+@each_pattern
+@pytest.mark.parametrize("batch", [None, 1, 5], ids=["example", "batch 1", "batch 5"])
+def test_example_is_fused_and_equals_eager(pattern: Pattern, batch: int | None) -> None:
+    layers, shape = pattern.example()
+    model = nn.Sequential(*layers).eval()
+    x = torch.randn(*shape) if batch is None else torch.randn(batch, *shape[1:])
+    fused = fastseq.optimize(model)
+    assert type(fused) is FusedSequential
+    with torch.no_grad():
+        actual = fused(x)
+    assert_matches(actual, model, x)
+    assert fastseq.stats(fused) == {"fused_calls": 1, "eager_calls": 0, "fallbacks": {}}
+    (segment,) = fastseq.explain(fused).to_dict()["sequentials"][0]["segments"]
+    assert [step["name"] for step in segment["steps"]] == [pattern.name]
+    assert segment["steps"][0]["output"] == "x".join(map(str, actual.shape[1:]))
+
+
+@each_pattern
+def test_layers_that_do_nothing_may_stand_between(pattern: Pattern) -> None:
+    layers, shape = pattern.example()
+    spaced: list[nn.Module] = [nn.Identity()]
+    for layer in layers:
+        spaced += [nn.Sequential(layer, nn.Dropout(0.5)), nn.Identity()]
+    model = nn.Sequential(*spaced).eval()
+    x = torch.randn(*shape)
+    assert steps_of(model) == [pattern.name]
+    assert_matches(run_fused(model, x), model, x)
+
+
+@each_pattern
+def test_a_layer_that_stands_twice_runs_twice(pattern: Pattern) -> None:
+    layers, shape = pattern.example()
+    square = {nn.Conv2d: lambda: nn.Conv2d(3, 3, 3, padding=1), nn.Linear: lambda: nn.Linear(7, 7)}
+    layers = [square.get(type(layer), lambda layer=layer: layer)() for layer in layers]
+    model = nn.Sequential(*layers, *layers).eval()
+    x = torch.randn(*shape[:2], *(16 for _ in shape[2:]))
+    assert steps_of(model) == [pattern.name] * 2
+    assert_matches(run_fused(model, x), model, x)
+
+
+# Refusals ---------------------------------------------------------------------------------------------------------
+
+
+class ScaledReLU(nn.ReLU):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class NegatedConv2d(nn.Conv2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return -super().forward(input)
+
+
+def with_attribute(layer: nn.Module, name: str, value: object) -> nn.Module:
+    setattr(layer, name, value)
+    return layer
+
+
+def without_parameter(layer: nn.Module, name: str) -> nn.Module:
+    """The layer with a plain tensor where its parameter was, as pruning and weight normalisation leave it."""
+    value = layer._parameters.pop(name).detach()
+    setattr(layer, name, value)
+    return layer
+
+
+def with_own_forward(layer: nn.Module) -> nn.Module:
+    layer.forward = lambda x, inner=layer.forward: 2 * inner(x)
+    return layer
+
+
+class Refused(NamedTuple):
+    layers: Callable[[], list[nn.Module]]
+    shape: tuple[int, ...]
+    reason: str
+    pattern: str | None = None  # whose check gives the reason; None: the matcher does
+
+
+IMAGE, ROWS = (2, 4, 9, 8), (3, 6)
+REFUSED: dict[str, Refused] = {
+    "conv2d padding_mode": Refused(
+        lambda: [nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")],
+        IMAGE,
+        "Conv2d has padding_mode 'reflect'; fused kernels take 'zeros'",
+        "conv2d",
+    ),
+    "conv2d dilation": Refused(
+        lambda: [nn.Conv2d(4, 4, 3, dilation=(1, 2))],
+        IMAGE,
+        "Conv2d has dilation (1, 2); fused kernels take 1",
+        "conv2d",
+    ),
+    "conv2d groups": Refused(
+        lambda: [nn.Conv2d(4, 4, 3, groups=2)], IMAGE, "Conv2d has groups 2; fused kernels take 1", "conv2d"
+    ),
+    "conv2d stride": Refused(
+        lambda: [with_attribute(nn.Conv2d(4, 4, 3), "stride", [2, 1])],
+        IMAGE,
+        "Conv2d has stride [2, 1]; fused kernels take one or two ints",
+        "conv2d",
+    ),
+    "conv2d padding": Refused(
+        lambda: [with_attribute(nn.Conv2d(4, 4, 3), "padding", [1, 0])],
+        IMAGE,
+        "Conv2d has padding [1, 0]; fused kernels take 'same', 'valid', or one or two ints",
+        "conv2d",
+    ),
+    "conv2d weight": Refused(
+        lambda: [without_parameter(nn.Conv2d(4, 4, 3), "weight")],
+        IMAGE,
+        "weight is not a plain registered parameter (pruned, normalised or replaced); fused kernels read those",
+        "conv2d",
+    ),
+    "maxpool2d return_indices": Refused(
+        lambda: [nn.MaxPool2d(2, return_indices=True)],
+        IMAGE,
+        "MaxPool2d has return_indices=True; fused kernels return values only",
+        "maxpool2d",
+    ),
+    "maxpool2d dilation": Refused(
+        lambda: [nn.MaxPool2d(2, dilation=2)], IMAGE, "MaxPool2d has dilation 2; fused kernels take 1", "maxpool2d"
+    ),
+    "maxpool2d kernel_size": Refused(
+        lambda: [nn.MaxPool2d([2, 3])],
+        IMAGE,
+        "MaxPool2d has kernel_size [2, 3]; fused kernels take one or two ints",
+        "maxpool2d",
+    ),
+    "maxpool2d stride": Refused(
+        lambda: [nn.MaxPool2d(2, stride=[2, 1])],
+        IMAGE,
+        "MaxPool2d has stride [2, 1]; fused kernels take one or two ints",
+        "maxpool2d",
+    ),
+    "maxpool2d padding": Refused(
+        lambda: [nn.MaxPool2d(2, padding=[1, 0])],
+        IMAGE,
+        "MaxPool2d has padding [1, 0]; fused kernels take one or two ints",
+        "maxpool2d",
+    ),
+    "linear weight": Refused(
+        lambda: [without_parameter(nn.Linear(6, 4), "weight")],
+        ROWS,
+        "weight is not a plain registered parameter (pruned, normalised or replaced); fused kernels read those",
+        "linear",
+    ),
+    "linear bias": Refused(
+        lambda: [without_parameter(nn.Linear(6, 4), "bias")],
+        ROWS,
+        "bias is not a plain registered parameter (pruned, normalised or replaced); fused kernels read those",
+        "linear",
+    ),
+    "own forward": Refused(lambda: [with_own_forward(nn.Linear(6, 4))], ROWS, "has a forward of its own"),
+    "own forward of a free layer": Refused(
+        lambda: [with_own_forward(nn.Identity()), nn.Tanh()], ROWS, "has a forward of its own"
+    ),
+    "own forward of Flatten": Refused(
+        lambda: [with_own_forward(nn.Flatten()), nn.Tanh()], ROWS, "has a forward of its own"
+    ),
+    "subclass": Refused(
+        lambda: [NegatedConv2d(4, 4, 3)],
+        IMAGE,
+        "NegatedConv2d is a subclass of Conv2d; fused kernels take exactly Conv2d",
+    ),
+    "subclass of ReLU": Refused(
+        lambda: [ScaledReLU()],
+        ROWS,
+        "ScaledReLU is a subclass of ReLU; fused kernels take exactly ReLU",
+    ),
+    "relu alone": Refused(lambda: [nn.ReLU()], IMAGE, "ReLU does not follow a Conv2d or Linear that is fused"),
+    "flatten elsewhere": Refused(
+        lambda: [nn.Flatten(2)], IMAGE, "Flatten has start_dim=2, end_dim=-1; fused runs take 1 and -1"
+    ),
+    "flatten alone": Refused(
+        lambda: [nn.Flatten(), nn.Tanh()],
+        IMAGE,
+        "Flatten stands neither behind a fused convolution or pool nor before a fused Linear",
+    ),
+    "dropout in training": Refused(
+        lambda: [nn.Dropout(0.0).train()], ROWS, "Dropout is in training mode"
+    ),
+    "identity alone": Refused(
+        lambda: [nn.Identity(), nn.Tanh()], ROWS, "Identity does nothing and stands beside no fused layer"
+    ),
+    "unknown layer": Refused(lambda: [nn.Tanh()], ROWS, "no fused kernel for Tanh"),
+}
+each_refusal = pytest.mark.parametrize("refused", REFUSED.values(), ids=list(REFUSED))
+
+
+def equal_nested(a: object, b: object) -> bool:
+    """torch.equal, also for the pair that MaxPool2d returns with its indices."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(equal_nested, a, b))
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
+
+
+@each_refusal
+def test_refusal_says_why_and_runs_eager(refused: Refused) -> None:
+    layers = refused.layers()
+    model = nn.Sequential(*layers)
+    x = torch.randn(*refused.shape)
+    with torch.no_grad():
+        expected = model(x)
+    # Also beside a run that is fused: the refusal must hold inside a FusedSequential.
+    fusable = nn.Sequential(nn.Conv2d(4, 4, 1)) if len(refused.shape) == 4 else nn.Sequential(nn.Linear(6, 6))
+    nested = fastseq.optimize(nn.Sequential(fusable, nn.Sigmoid(), model))
+    report = fastseq.explain(nested, x)
+    assert type(nested) is FusedSequential
+    with torch.no_grad():
+        assert equal_nested(nested(x), model(nn.Sigmoid()(nested[0](x))))
+        assert equal_nested(fastseq.optimize(model)(x), expected)
+    assert refused.reason in str(report)
+    reasons = [s["reason"] for s in report.to_dict()["sequentials"][0]["segments"] if s["kind"] == "eager"]
+    assert any(refused.reason in reason for reason in reasons), reasons
+
+
+@each_refusal
+def test_refusal_comes_from_where_the_table_says(refused: Refused) -> None:
+    layers = refused.layers()
+    refusals = {p.name: p.check(layers) for p in PATTERNS if p.types == tuple(type(layer) for layer in layers)}
+    if refused.pattern is None:
+        assert not any(refusals.values())
+    else:
+        assert refused.reason in (refusals[refused.pattern] or "")
+
+
+@each_pattern
+def test_a_longer_pattern_refuses_what_its_layers_refuse(pattern: Pattern) -> None:
+    """A layer that a pattern of one layer declines is declined at every place of every pattern."""
+    alone = {p.types[0]: p.name for p in PATTERNS if len(p.types) == 1}
+    for place, kind in enumerate(pattern.types):
+        for refused in REFUSED.values():
+            if refused.pattern is None or refused.pattern != alone.get(kind):
+                continue
+            layers, _ = pattern.example()
+            layers[place] = refused.layers()[0]
+            assert refused.reason in (pattern.check(layers) or "")
+
+
+def test_a_refused_pool_leaves_the_convolution_fused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2, dilation=2)).eval()
+    assert steps_of(model) == ["conv2d_relu", "eager"]
+    x = torch.randn(IMAGE)
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        assert_matches(fused(x), model, x)
+    assert fastseq.stats(fused)["fused_calls"] == 1
+
+
+def test_every_reason_that_can_be_returned_is_in_the_table() -> None:
+    """A reason is a text that a function of the matcher or of a pattern file returns; its fixed part must be tested."""
+    files = {Path(matcher.__file__)} | set(Path(base.__file__).parent.glob("*.py"))
+    returned = [
+        node.value
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Return) and isinstance(node.value, (ast.JoinedStr, ast.Constant))
+    ]
+    pieces = [node.values if isinstance(node, ast.JoinedStr) else [node] for node in returned]
+    texts = [[p.value for p in row if isinstance(p, ast.Constant) and isinstance(p.value, str)] for row in pieces]
+    fixed = {max(row, key=len).strip() for row in texts if row}
+    assert len(fixed) > 10
+    untested = [text for text in fixed if not any(text in refused.reason for refused in REFUSED.values())]
+    assert not untested
