@@ -41,7 +41,7 @@ $(STAMPS)/torch.wanted: FORCE | $(PY)
 
 $(STAMPS)/torch: $(STAMPS)/torch.wanted
 	$(say) "venv: installing $(TORCH) and the build tools (the first time this downloads a lot)"
-	@$(PIP) install -q --upgrade "setuptools>=77" wheel ninja pybind11 numpy
+	@$(PIP) install -q --upgrade "setuptools>=77,<82" wheel ninja pybind11 numpy
 	@$(PIP) install -q $(TORCH)
 	@touch $@
 

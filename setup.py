@@ -55,7 +55,7 @@ def native() -> dict[str, Any]:
         if ENV["cuda"]() == "1":
             sys.exit("fastseq build: FASTSEQ_CUDA=1, but torch is not installed where the build runs")
         say("torch is not installed where the build runs: pure-Python package, models will run eager.")
-        say("For the native kernels: pip install torch setuptools && pip install --no-build-isolation .")
+        say("For the native kernels install torch first, then: pip install --no-build-isolation --no-deps .")
         return {}
 
     debug = ENV["debug"]()

@@ -1,7 +1,7 @@
 """The convolution tiles alone against the core's fused-multiply-add peak, which is measured in turn with them.
 
 One thread, channels_last in and out without padding, so that nothing but the tiles runs: no copy, no transposition.
-`python benchmarks/bench_kernels.py --json benchmarks/results/kernels-NAME.json --markdown benchmarks/results/kernels-NAME.md`
+`python benchmarks/bench_kernels.py --json rows.json --markdown table.md`
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def main() -> int:
         "|---|---|---|---|---|---|",
     ]
     table += [
-        f"| {r['layer']} | `{r['kernel']}` | {r['gflops']} | {r['share_of_peak']:.1%} | {r['best_share']:.1%} | {r['err_rel_max']:.1e} |"
+        f"| {r['layer']} | `{r['kernel']}` | {r['gflops']} | {r['share_of_peak']:.1%} | {r['best_share']:.1%} "
+        f"| {r['err_rel_max']:.1e} |"
         for r in rows
     ]
     text = "\n".join(f"{key}: {value}  " for key, value in head.items()) + "\n\n" + "\n".join(table) + "\n"

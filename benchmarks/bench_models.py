@@ -226,8 +226,7 @@ def to_markdown(report: dict[str, Any]) -> str:
             "",
             f"## {count(threads, 'thread')} (cores {cores})",
             "",
-            f"Machine: {ceiling['sgemm_gflops']} GFLOP/s in a large sgemm, {ceiling['copy_gbytes_per_s']} GB/s in a "
-            "memory copy, read and written.",
+            describe_ceiling(ceiling),
             "",
             *timing_table([row for row in rows if row["threads"] == threads], backends),
         ]
@@ -253,6 +252,16 @@ def to_markdown(report: dict[str, Any]) -> str:
     if problems:
         lines += ["", "## Not timed", "", *problems]
     return "\n".join(lines)
+
+
+def describe_ceiling(ceiling: dict[str, Any]) -> str:
+    parts = [
+        f"{ceiling['sgemm_gflops']} GFLOP/s in a large sgemm",
+        f"{ceiling['copy_gbytes_per_s']} GB/s in a memory copy, read and written",
+    ]
+    if "fma_gflops_per_core" in ceiling:
+        parts.insert(0, f"{ceiling['fma_gflops_per_core']} GFLOP/s per core in multiply-adds alone")
+    return f"Machine: {', '.join(parts)}."
 
 
 def timing_table(rows: list[Row], backends: list[str]) -> list[str]:

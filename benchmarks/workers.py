@@ -22,6 +22,7 @@ import torch
 from peers import PEERS, Call, Peer, as_tensor
 from torch import Tensor, nn
 
+from fastseq import _native
 from fastseq.testing import MODELS, relative_error
 
 LONGEST_SPIN_SECONDS = 0.5
@@ -104,10 +105,13 @@ class _Session:
         source, copy = (torch.ones(32 << 20) for _ in range(2))  # 128 MiB each: outside every cache
         mm_seconds = _best_of(12, lambda: torch.mm(a, b, out=c))
         copy_seconds = _best_of(12, lambda: copy.copy_(source))
-        return {
+        limits = {
             "sgemm_gflops": round(2 * size**3 / mm_seconds / 1e9, 1),
             "copy_gbytes_per_s": round(2 * source.nbytes / copy_seconds / 1e9, 1),
         }
+        if _native.native_available():
+            limits["fma_gflops_per_core"] = round(_native.module().fma_peak(), 1)
+        return limits
 
 
 def _best_of(repeats: int, function: Callable[[], Any]) -> float:

@@ -73,7 +73,8 @@ def collect() -> dict[str, Any]:
 def render(info: dict[str, Any]) -> str:
     """The report as text, one fact per line."""
     supported = {kernel["isa"]: kernel["supported"] for kernel in info["kernels"]}
-    gpu = ", ".join(info["gpus"]) or f"none (torch is built {'for CUDA' if info['torch_cuda'] else 'without CUDA'})"
+    torch_cuda = f"for CUDA {info['torch_cuda']}" if info["torch_cuda"] else "without CUDA"
+    gpu = ", ".join(info["gpus"]) or f"none (torch is built {torch_cuda})"
     rows = [
         ("fastseq", info["fastseq"]),
         ("torch", info["torch"]),

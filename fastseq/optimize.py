@@ -20,9 +20,10 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def optimize(model: ModelT) -> ModelT:
     """A copy of `model` whose `nn.Sequential`s run known layer runs with fused kernels.
 
-    Every `nn.Sequential` (exactly that type, at any depth) that holds Conv2d/ReLU/MaxPool2d or Linear/ReLU runs becomes a
-    `FusedSequential` with the same children, names, `state_dict` keys and results. The given model is not changed, and the
-    copy shares nothing with it. Nothing is compiled; weights are packed at the first call and follow every later change.
+    Every `nn.Sequential` (exactly that type, at any depth) that holds Conv2d/ReLU/MaxPool2d or Linear/ReLU runs
+    becomes a `FusedSequential` with the same children, names, `state_dict` keys and results. The given model is not
+    changed, and the copy shares nothing with it. Nothing is compiled; weights are packed at the first call and follow
+    every later change.
 
     Args:
         model: any `nn.Module`. Fused kernels run for float32 CPU tensors outside autograd; everything else runs eager.
@@ -59,8 +60,8 @@ def optimize(model: ModelT) -> ModelT:
 def refresh(model: nn.Module) -> None:
     """Drop all packed weights of an optimised model, so that the next call packs the weights as they are then.
 
-    Needed only after writes that no check can see cheaply: a few elements of a large weight changed behind autograd's back
-    (through `.data`, a NumPy alias or a raw pointer). All ordinary updates are noticed without it.
+    Needed only after writes that no check can see cheaply: a few elements of a large weight changed behind autograd's
+    back (through `.data`, a NumPy alias or a raw pointer). All ordinary updates are noticed without it.
     """
     for module in model.modules():
         compiled = compiled_of(module)
@@ -74,7 +75,7 @@ def isa() -> str:
 
 
 def kernels() -> list[dict[str, Any]]:
-    """All compiled kernels, best first: name, op, isa, rows and vectors of the tile, supported by this CPU, test_only."""
+    """All compiled kernels, best first: name, op, isa, tile rows and vectors, supported by this CPU, test_only."""
     return _native.module().kernels() if _native.native_available() else []
 
 

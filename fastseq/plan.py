@@ -129,7 +129,7 @@ class CheckedProgram:
 
 
 def assert_close_to_eager(actual: torch.Tensor, expected: torch.Tensor, layers: list[Any]) -> None:
-    """AssertionError if a fused result is further from eager's than rounding explains: 1e-4 of its largest finite value."""
+    """AssertionError if a fused result is further from eager's than rounding explains: 1e-4 of its largest value."""
     finite = expected[expected.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0
     names = ", ".join(type(layer).__name__ for layer in layers)

@@ -62,8 +62,8 @@ def explain(model: nn.Module, x: Any = None) -> Report:
 
     Args:
         model: an optimised model; of any other module it tells what `optimize` would do.
-        x: an input of the model. If given, the model is called once with it under `torch.no_grad()`, and the report names
-            the kernels and output sizes that were used and the reasons for fallbacks during that call.
+        x: an input of the model. If given, the model is called once with it under `torch.no_grad()`, and the report
+            names the kernels and output sizes that were used and the reasons for fallbacks during that call.
 
     Raises:
         TypeError: `model` is not an `nn.Module`.

@@ -22,8 +22,8 @@ _COMPILED = "_fastseq_compiled"
 class FusedSequential(nn.Sequential):
     """`nn.Sequential` with the same children, names and `state_dict`, whose known runs execute as fused native kernels.
 
-    Made by `fastseq.optimize`. A call returns what `nn.Sequential` returns and raises what it raises: whatever the native
-    kernels do not cover (gradients, hooks, other dtypes or devices, transforms, unusual arguments) runs eager.
+    Made by `fastseq.optimize`. A call returns what `nn.Sequential` returns and raises what it raises: whatever the
+    native kernels do not cover (gradients, hooks, other dtypes or devices, transforms, odd arguments) runs eager.
 
     Args:
         input: whatever the first layer takes; float32 CPU tensors run fused.
@@ -42,9 +42,21 @@ class FusedSequential(nn.Sequential):
                     return output
         return super().__call__(*args, **kwargs)
 
-    def forward(self, input: Any) -> Any:
+    # No annotations, as nn.Sequential has none: torch.jit.script would hold every Sequential to them.
+    def forward(self, input):
         """Run the layers in order. input: as the first layer takes it; returns what the last layer returns."""
-        if is_compiling() or torch.jit.is_scripting():
+        if torch.jit.is_scripting():
+            for module in self:
+                input = module(input)
+            return input
+        return self._forward(input)
+
+    # Python names a function's qualified name in argument errors, and those are to read as eager's.
+    forward.__qualname__ = "Sequential.forward"
+
+    @torch.jit.unused
+    def _forward(self, input: Any) -> Any:
+        if is_compiling():
             return super().forward(input)
         compiled = self.__dict__.get(_COMPILED)
         if compiled is None:
@@ -62,9 +74,6 @@ class FusedSequential(nn.Sequential):
         log.debug("eager: %s", output)
         return super().forward(input)
 
-    # Python names a function's qualified name in argument errors, and those are to read as eager's.
-    forward.__qualname__ = "Sequential.forward"
-
     def _compile(self) -> CompiledMatch | None:
         """Match the layers as they are now. None if the native engine is unavailable or switched off."""
         before = self.__dict__.pop(_COMPILED, None)
@@ -79,12 +88,6 @@ class FusedSequential(nn.Sequential):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != _COMPILED}
-
-    def __prepare_scriptable__(self) -> nn.Sequential:
-        """torch.jit.script sees a plain nn.Sequential over the same children."""
-        plain = nn.Sequential.__new__(nn.Sequential)
-        plain.__dict__.update(self.__getstate__())
-        return plain
 
 
 def compiled_of(module: nn.Module) -> CompiledMatch | None:

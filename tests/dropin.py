@@ -1,4 +1,4 @@
-"""What the tests of drop-in behaviour share: small models, calls with their counters, and eager on the very same modules."""
+"""What the tests of drop-in behaviour share: small models, calls with their counters, eager on the same modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastseq import FusedSequential
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """For the modules that import it: these models are too small for two threads, and a busy machine makes them wait."""
+    """For the files that import it: these models are too small for two threads, which wait on a busy machine."""
     torch.set_num_threads(1)
 
 

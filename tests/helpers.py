@@ -15,6 +15,12 @@ from fastseq.testing import Reference
 ISAS = tuple(dict.fromkeys(row["isa"] for row in fastseq.kernels() if row["supported"]))
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """For the modules that import it: small layers run on one thread, and a busy machine does not make them wait."""
+    torch.set_num_threads(1)
+
+
 def use_kernels(monkeypatch: pytest.MonkeyPatch, isa: str, kernel: str = "") -> None:
     """From here on plans are made of `isa`'s kernels, and of those named `kernel` where the layer allows."""
     monkeypatch.setenv("FASTSEQ_ISA", isa)

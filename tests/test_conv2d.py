@@ -8,7 +8,15 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import ISAS, assert_exact, integer_model, integers, run_fused, use_kernels
+from helpers import (
+    ISAS,
+    assert_exact,
+    integer_model,
+    integers,
+    one_thread,  # noqa: F401
+    run_fused,
+    use_kernels,
+)
 from torch import Tensor, nn
 
 import fastseq
@@ -20,12 +28,6 @@ KERNELS = (1, 2, 3, 5, 7, 11, (3, 5))
 STRIDES = (1, 2, 3, (2, 1))
 PADDINGS = (0, 1, 2, "same", "valid", (1, 0))
 EXTRA = (0, 0, 1, 2, 4, 6, 10, 12)  # beyond the smallest legal height or width
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """These layers are too small to share out; conftest.py restores the number of threads."""
-    torch.set_num_threads(1)
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:

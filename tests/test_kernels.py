@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ISAS, assert_exact, assert_was_fused, integer_model, integers, kernels_used, run_fused, use_kernels
+from helpers import (
+    ISAS,
+    assert_exact,
+    assert_was_fused,
+    integer_model,
+    integers,
+    kernels_used,
+    one_thread,  # noqa: F401
+    run_fused,
+    use_kernels,
+)
 from torch import Tensor, nn
 
 import fastseq
@@ -51,7 +61,7 @@ def layers_for(op: str, channels: int, k: int = 3) -> list[nn.Module]:
 
 
 def shapes_for(op: str, rows: int, channels: int, k: int = 3) -> list[tuple[int, ...]]:
-    """Inputs that give the op's tiles `rows` rows (pixels, windows of 2x2 pixels) to compute, in one block and in several."""
+    """Inputs with `rows` rows for the op's tiles (pixels, windows of 2x2 pixels), in one block and in several."""
     return {
         "conv2d": [(1, k, 1, rows + 2), (2, k, 5, rows + 2), (1, k, rows, 3)],
         "conv2d_maxpool2d": [(1, k, 2, 2 * rows + 2), (2, k, 7, 2 * rows + 3), (1, k, 2 * rows, 4)],

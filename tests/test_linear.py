@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ISAS, assert_exact, integer_model, integers, run_fused, use_kernels
+from helpers import (
+    ISAS,
+    assert_exact,
+    integer_model,
+    integers,
+    one_thread,  # noqa: F401
+    run_fused,
+    use_kernels,
+)
 from torch import nn
 
 import fastseq
@@ -14,12 +22,6 @@ ROWS = (1, 2, 3, 4, 5, 6, 7, 12, 13, 31, 32, 33, 47, 48, 49, 97)
 FEATURES = (1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 65, 100, 513, 1030)
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """These layers are too small to share out; conftest.py restores the number of threads."""
-    torch.set_num_threads(1)
 
 
 @each_isa
@@ -104,7 +106,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=list(VIEWS))
 def test_views(view) -> None:  # noqa: ANN001
-    """Fused or not (non-contiguous inputs of more than two dimensions stay eager), the result and its strides are eager's."""
+    """Fused, or eager as non-contiguous inputs of more than two dimensions: the result and its strides are eager's."""
     x = view(integers(12, 12))
     for layers in ([], [nn.ReLU(), nn.Linear(17, 4)]):
         model = integer_model(nn.Linear(x.shape[-1], 17), *layers)
@@ -115,7 +117,9 @@ def test_views(view) -> None:  # noqa: ANN001
         assert fastseq.stats(fused)["fused_calls"] == (0 if is_left_to_eager else 1)
 
 
-@pytest.mark.parametrize("view", [lambda x: x.transpose(2, 3), lambda x: x[..., ::2], lambda x: x[:1].expand(4, -1, -1, -1)])
+@pytest.mark.parametrize(
+    "view", [lambda x: x.transpose(2, 3), lambda x: x[..., ::2], lambda x: x[:1].expand(4, -1, -1, -1)]
+)
 def test_flatten_of_views(view) -> None:  # noqa: ANN001
     x = view(integers(3, 2, 4, 6))
     model = integer_model(nn.Flatten(), nn.Linear(x[0].numel(), 7))

@@ -34,7 +34,7 @@ PARAMETERS = ["conv weight", "conv bias", "linear weight", "linear bias"]
 
 
 def layer_of(model: nn.Module, parameter: str) -> tuple[Any, str]:
-    """The layer and the parameter's name, for an entry of PARAMETERS. Of a Holder, the convolution of its Sequential."""
+    """Layer and parameter name of an entry of PARAMETERS. Of a Holder, the convolution in its Sequential."""
     kind, name = parameter.split()
     inside = getattr(model, "features", model)
     return (first(inside, nn.Conv2d), name) if kind == "conv" else (first(model, nn.Linear), name)
@@ -104,7 +104,9 @@ WRITES: dict[str, Callable[[Any, str], Any]] = {
     "storage": copy_storage,
     "swap_tensors": swap,
     "setattr": lambda layer, name: setattr(layer, name, nn.Parameter(getattr(layer, name).detach() * 2)),
-    "_parameters": lambda layer, name: layer._parameters.update({name: nn.Parameter(getattr(layer, name).detach() * 2)}),
+    "_parameters": lambda layer, name: layer._parameters.update(
+        {name: nn.Parameter(getattr(layer, name).detach() * 2)}
+    ),
     "register_parameter": lambda layer, name: layer.register_parameter(
         name, nn.Parameter(getattr(layer, name).detach() * 2)
     ),
@@ -113,6 +115,9 @@ WRITES: dict[str, Callable[[Any, str], Any]] = {
     ),
     "set_": set_storage,
 }
+
+
+SMALL_WRITES = ("numpy, one element", "data[...] = ", "nan")  # a sample may miss these
 
 
 @pytest.mark.parametrize("net", ["flat", "holder"])
@@ -219,7 +224,7 @@ def large_net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 5)).eval()
 
 
-@pytest.mark.parametrize("write", [name for name in WRITES if name not in ("numpy, one element", "data[...] = ", "nan")])
+@pytest.mark.parametrize("write", [name for name in WRITES if name not in SMALL_WRITES])
 def test_a_written_large_weight_counts_at_the_next_call(write: str) -> None:
     fast, x = fastseq.optimize(large_net()), torch.randn(3, 300)
     before = assert_fused(fast, x)
@@ -414,7 +419,8 @@ def test_an_edited_attribute_counts_at_the_next_call(attribute: str) -> None:
     assert counters == fused(), "the part of the run that is not declined"
     assert (after.shape == before.shape and torch.equal(after, before)) == (attribute == "relu in place")
     declined = {"conv dilation": "dilation", "conv padding mode": "padding_mode", "pool dilation": "dilation"}
-    reasons = [s["reason"] for s in fastseq.explain(fast).to_dict()["sequentials"][0]["segments"] if s["kind"] == "eager"]
+    segments = fastseq.explain(fast).to_dict()["sequentials"][0]["segments"]
+    reasons = [segment["reason"] for segment in segments if segment["kind"] == "eager"]
     assert bool(reasons) == (attribute in declined) and declined.get(attribute, "") in "".join(reasons)
     layer.__dict__.update(old)
     assert torch.equal(assert_fused(fast, x), before)
@@ -463,7 +469,8 @@ def test_train_and_eval(net: str) -> None:
 
 
 def test_dropout_of_a_child_alone() -> None:
-    fast, x = fastseq.optimize(nn.Sequential(nn.Linear(6, 60), nn.Dropout(0.5), nn.Linear(60, 6)).eval()), torch.ones(2, 6)
+    model = nn.Sequential(nn.Linear(6, 60), nn.Dropout(0.5), nn.Linear(60, 6)).eval()
+    fast, x = fastseq.optimize(model), torch.ones(2, 6)
     before = assert_fused(fast, x)
     fast[1].train()
     with torch.no_grad():
@@ -670,9 +677,10 @@ def test_a_parameter_that_is_gone(is_warm: bool, parameter: str, remove: Callabl
     layer, name = layer_of(fast, parameter)
     kept = dict(layer._parameters)
     remove(layer, name)
+    missing = f"'{type(layer).__name__}' object has no attribute '(weight|bias)'"
     with torch.no_grad():
         for _ in range(3):
-            with pytest.raises(AttributeError, match=f"'{type(layer).__name__}' object has no attribute '(weight|bias)'"):
+            with pytest.raises(AttributeError, match=missing):
                 fast(x)
     layer._parameters.update(kept)
     after = assert_fused(fast, x)

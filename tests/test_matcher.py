@@ -128,7 +128,10 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         )
         for mode in ("reflect", "replicate", "circular")
     },
-    "conv stride": (lambda: altered(conv(), stride=[1, 1]), "Conv2d has stride [1, 1]; fused kernels take one or two ints"),
+    "conv stride": (
+        lambda: altered(conv(), stride=[1, 1]),
+        "Conv2d has stride [1, 1]; fused kernels take one or two ints",
+    ),
     "conv padding": (
         lambda: altered(conv(), padding=(1, 1, 1)),
         "Conv2d has padding (1, 1, 1); fused kernels take 'same', 'valid', or one or two ints",
@@ -146,7 +149,10 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: altered(pool(), kernel_size=[2, 2]),
         "MaxPool2d has kernel_size [2, 2]; fused kernels take one or two ints",
     ),
-    "pool stride": (lambda: altered(pool(), stride=1.0), "MaxPool2d has stride 1.0; fused kernels take one or two ints"),
+    "pool stride": (
+        lambda: altered(pool(), stride=1.0),
+        "MaxPool2d has stride 1.0; fused kernels take one or two ints",
+    ),
     "pool padding": (
         lambda: altered(pool(), padding=None),
         "MaxPool2d has padding None; fused kernels take one or two ints",
@@ -246,8 +252,8 @@ def test_every_layer_is_in_one_segment_in_order() -> None:
         for last in range(first, len(layers) + 1):
             seen: list[Any] = []
             for segment in match(nn.Sequential(*layers[first:last]).eval(), KINDS).segments:
-                seen += [leaf.layer for leaf in (segment.leaves if isinstance(segment, NativeSegment) else [segment.leaf])]
-            assert list(map(id, seen)) == list(map(id, layers[first:last]))
+                seen += segment.leaves if isinstance(segment, NativeSegment) else [segment.leaf]
+            assert [id(leaf.layer) for leaf in seen] == list(map(id, layers[first:last]))
 
 
 def test_a_layer_that_stands_twice_is_two_leaves() -> None:

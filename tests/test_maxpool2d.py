@@ -1,4 +1,4 @@
-"""MaxPool2d by itself and behind a convolution: every way a window can lie, with integers, where the result is exact."""
+"""MaxPool2d by itself and behind a convolution: every way a window can lie, with integers: the result is exact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import ISAS, assert_exact, integer_model, integers, run_fused, use_kernels
+from helpers import (
+    ISAS,
+    assert_exact,
+    integer_model,
+    integers,
+    one_thread,  # noqa: F401
+    run_fused,
+    use_kernels,
+)
 from torch import nn
 
 import fastseq
@@ -48,12 +56,6 @@ each_pool = pytest.mark.parametrize("pool", POOLS.values(), ids=list(POOLS))
 each_order = pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
 each_isa = pytest.mark.parametrize("isa", ISAS)
 ceil_or_floor = pytest.mark.parametrize("ceil_mode", [False, True], ids=["floor", "ceil"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """These layers are too small to share out; conftest.py restores the number of threads."""
-    torch.set_num_threads(1)
 
 
 def fits(pool: Pool, size: tuple[int, int], ceil_mode: bool) -> bool:

@@ -150,7 +150,12 @@ def test_root_nested_and_none() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [nn.Sequential(), nn.Sequential(nn.Sigmoid(), nn.Flatten()), nn.Sequential(nn.ReLU()), nn.Sequential(nn.Identity())],
+    [
+        nn.Sequential(),
+        nn.Sequential(nn.Sigmoid(), nn.Flatten()),
+        nn.Sequential(nn.ReLU()),
+        nn.Sequential(nn.Identity()),
+    ],
     ids=["empty", "sigmoid", "relu", "identity"],
 )
 def test_nothing_to_fuse_stays_a_sequential(model: nn.Sequential) -> None:
@@ -313,8 +318,9 @@ def test_structure_is_the_originals(structure: str) -> None:
     fast = fastseq.optimize(model)
     assert isinstance(fast, type(model))
     assert repr(fast).replace("FusedSequential", "Sequential") == repr(model)
-    for names in (nn.Module.named_modules, nn.Module.named_children, nn.Module.named_parameters, nn.Module.named_buffers):
-        assert [name for name, _ in names(fast)] == [name for name, _ in names(model)]
+    for kind in ("modules", "children", "parameters", "buffers"):
+        names = [[name for name, _ in getattr(either, f"named_{kind}")()] for either in (fast, model)]
+        assert names[0] == names[1]
     assert list(fast.state_dict()) == list(model.state_dict())
     assert set(dir(model)) <= set(dir(fast))
     model.load_state_dict(fast.state_dict(), strict=True)

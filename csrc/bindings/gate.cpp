@@ -25,7 +25,8 @@ const at::Tensor* exact_tensor(PyObject* object) { return THPVariable_CheckExact
 
 Reason active_mode() {
   if (at::impl::torch_function_mode_enabled()) return "a torch function mode is active";
-  if (!has_only_plain_keys(c10::DispatchKeySet())) return "a dispatch mode, transform, autocast or tracing is active";
+  if (!c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutocastCPU)) return "autocast is active";
+  if (!has_only_plain_keys(c10::DispatchKeySet())) return "a dispatch mode, transform or tracing is active";
   return nullptr;
 }
 

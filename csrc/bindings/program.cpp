@@ -32,7 +32,7 @@ struct Program {
   PyObject_HEAD State* state;
 };
 
-constexpr Reason kHooked = "a layer has hooks";
+constexpr Reason kHooked = "a layer has hooks or a compiled call";
 constexpr Reason kChanged = "changed";  // the Python side builds a new program and tries again
 
 // Null, or why no native run may be tried at all. `is_called`: through __call__, so the owner's own hooks count.
@@ -44,7 +44,6 @@ Reason refuse_all(const State& state, PyObject* owner, bool is_called) {
     if (result == WatchResult::kChanged) return kChanged;
     if (result == WatchResult::kHooked) return kHooked;
   }
-  if (is_called && state.containers.front()->is_compiled()) return "torch.nn.Module.compile was called";
   return nullptr;
 }
 

@@ -60,6 +60,7 @@ py::object ModuleWatch::dict() const { return py::reinterpret_steal<py::object>(
 
 WatchResult ModuleWatch::check(bool check_hooks) const {
   static PyObject* const modules_name = interned("_modules");
+  static PyObject* const compiled_name = interned("_compiled_call_impl");
   if (Py_TYPE(module_) != type_ || type_forward(type_) != forward_.ptr()) return WatchResult::kChanged;
   const py::object holder = dict();
   PyObject* const values = holder.ptr();
@@ -83,6 +84,8 @@ WatchResult ModuleWatch::check(bool check_hooks) const {
       if (child != PyTuple_GET_ITEM(children_->ptr(), i)) return WatchResult::kChanged;
   }
   if (check_hooks) {
+    PyObject* const compiled = find(values, compiled_name);
+    if (compiled && compiled != Py_None) return WatchResult::kHooked;
     for (PyObject* name : hook_names()) {
       PyObject* const hooks = find(values, name);
       if (!hooks || !PyDict_Check(hooks)) return WatchResult::kChanged;
@@ -97,13 +100,6 @@ PyObject* ModuleWatch::parameter(size_t index) const {
   const py::object holder = dict();
   PyObject* const parameters = holder.ptr() ? find(holder.ptr(), parameters_name) : nullptr;
   return parameters && PyDict_Check(parameters) ? find(parameters, parameters_[index].ptr()) : nullptr;
-}
-
-bool ModuleWatch::is_compiled() const {
-  static PyObject* const compiled_name = interned("_compiled_call_impl");
-  const py::object holder = dict();
-  PyObject* const compiled = holder.ptr() ? find(holder.ptr(), compiled_name) : nullptr;
-  return compiled && compiled != Py_None;
 }
 
 Reason refuse_globally() {

@@ -13,6 +13,7 @@ namespace fastseq {
 
 namespace py = pybind11;
 
+// kHooked: calling the module does more than its forward: it has hooks, or torch.nn.Module.compile was called on it.
 enum class WatchResult { kSame, kHooked, kChanged };
 
 class ModuleWatch {
@@ -30,9 +31,6 @@ class ModuleWatch {
 
   // The parameter object, borrowed; null if the module no longer has it (None is returned as such).
   PyObject* parameter(size_t index) const;
-  // torch.nn.Module.compile() was called on the module.
-  bool is_compiled() const;
-
   // For the garbage collector: the references held here.
   int traverse(visitproc visit, void* arg) const;
 

@@ -15,8 +15,8 @@ Layers = Sequence[Any]  # of exactly the pattern's types, in its order
 class Pattern:
     """A row of the table: consecutive layers, exact types, that run as one fused step.
 
-    `check(layers)` returns why these layers are declined, or None. `build(layers)` returns the step for the native engine;
-    weights are read at call time. `example()` is a tiny (layers, input shape) that matches.
+    `check(layers)` returns why these layers are declined, or None. `build(layers)` returns the step for the native
+    engine; weights are read at call time. `example()` is a tiny (layers, input shape) that matches.
     """
 
     name: str

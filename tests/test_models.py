@@ -1,0 +1,114 @@
+"""The zoo of fastseq.testing through the whole package: as accurate as eager, fused throughout, row by row the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_was_fused
+from torch import nn
+
+import fastseq
+from fastseq.testing import MODELS, ImageNetModel, ModelCase, TwoStageConvNet, assert_matches
+
+
+def features(name: str) -> nn.Sequential:
+    """The convolutions of an ImageNet model. Its Linear layers, most of the bytes, are never allocated."""
+    with torch.device("meta"):
+        model = MODELS[name].make()
+    assert isinstance(model, ImageNetModel)
+    return model.features.to_empty(device="cpu")
+
+
+SMALL = [MODELS[name] for name in ("seed1", "seed1_named", "seed2", "seed3", "lenet5", "mlp")]
+LARGE = [
+    MODELS["cifar_vgg"],
+    ModelCase("alexnet features", lambda: features("alexnet"), (3, 79, 67), (1,)),
+    ModelCase("vgg11 features", lambda: features("vgg11"), (3, 32, 32), (1,)),
+    ModelCase("vgg16 features", lambda: features("vgg16"), (3, 32, 40), (1,)),
+]
+
+each_small = pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
+each_network = pytest.mark.parametrize("case", SMALL + LARGE, ids=[case.name for case in SMALL + LARGE])
+
+
+@each_small
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 64])
+def test_as_accurate_as_eager(case: ModelCase, batch: int) -> None:
+    model, x = case.build(), case.example(batch)
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        assert_matches(fused(x), model, x)
+    assert_was_fused(fused)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=[case.name for case in LARGE])
+def test_large_networks_are_as_accurate_as_eager(case: ModelCase) -> None:
+    model, x = case.build(), case.example(2)
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        assert_matches(fused(x), model, x)
+    assert_was_fused(fused)
+
+
+@each_network
+def test_every_layer_is_fused_into_one_call_per_sequential(case: ModelCase) -> None:
+    fused = fastseq.optimize(case.build())
+    with torch.no_grad():
+        fused(case.example(1))
+    runs = [sequential["segments"] for sequential in fastseq.explain(fused).to_dict()["sequentials"]]
+    assert [[segment["kind"] for segment in segments] for segments in runs] == [["native"]] * len(runs)
+    assert fastseq.stats(fused) == {"fused_calls": len(runs), "eager_calls": 0, "fallbacks": {}}
+
+
+@each_network
+def test_a_row_does_not_depend_on_its_batch(case: ModelCase) -> None:
+    fused = fastseq.optimize(case.build())
+    x = case.example(5)
+    with torch.no_grad():
+        whole = fused(x)
+        assert torch.equal(torch.cat([fused(row) for row in x.split(1)]), whole)
+        assert torch.equal(fused(x[1:4]), whole[1:4])
+        assert torch.equal(fused(x.flip(0)).flip(0), whole)
+
+
+@each_small
+def test_names_and_weights_stay(case: ModelCase) -> None:
+    model = case.build()
+    before = copy.deepcopy(model.state_dict())
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        fused(case.example(2))
+    for state in (fused.state_dict(), model.state_dict()):
+        assert list(state) == list(before)
+        assert all(torch.equal(state[name], before[name]) for name in before)
+    assert [name for name, _ in fused.named_modules()] == [name for name, _ in model.named_modules()]
+
+
+@each_small
+def test_inference_mode_gives_the_same(case: ModelCase) -> None:
+    fused, x = fastseq.optimize(case.build()), case.example(3)
+    with torch.no_grad():
+        expected = fused(x)
+    with torch.inference_mode():
+        assert torch.equal(fused(x), expected)
+    with torch.no_grad():
+        assert torch.equal(fused(x), expected)
+
+
+def test_seed3_between_its_sequentials_is_what_view_needs() -> None:
+    """Its forward calls `x.view(...)` on what a fused Sequential returns, so that must be contiguous."""
+    fused = fastseq.optimize(MODELS["seed3"].build())
+    assert type(fused) is TwoStageConvNet
+    with torch.no_grad():
+        between = fused.layer2(fused.layer1(MODELS["seed3"].example(3)))
+    assert between.is_contiguous()
+
+
+@each_small
+def test_verify_finds_rounding_only(case: ModelCase) -> None:
+    fused = fastseq.optimize(case.build())
+    found = fastseq.verify(fused, case.example(4))
+    assert found["fused_calls"] > 0 and not found["fallbacks"]
+    assert 0 < found["max_abs_error"] < 1e-5 * found["scale"]
