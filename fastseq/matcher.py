@@ -108,11 +108,15 @@ def is_free(layer: Any) -> bool:
         return False
     if type(layer) is nn.Identity:
         return True
-    return type(layer) is nn.Dropout and not layer.training and 0 <= layer.p <= 1
+    # Exact types here and below: eager raises for a p that is no number, a flag that is no bool, a float dimension.
+    return type(layer) is nn.Dropout and layer.training is False and type(layer.p) in (int, float) and 0 <= layer.p <= 1
 
 
 def is_flatten(layer: Any) -> bool:
-    return type(layer) is nn.Flatten and layer.start_dim == 1 and layer.end_dim == -1 and not has_own_forward(layer)
+    if type(layer) is not nn.Flatten or has_own_forward(layer):
+        return False
+    dims = (layer.start_dim, layer.end_dim)
+    return dims == (1, -1) and all(type(dim) is int for dim in dims)
 
 
 def match_pattern(leaves: Sequence[Leaf], table: Sequence[Pattern]) -> tuple[Pattern | None, str]:

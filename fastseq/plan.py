@@ -67,7 +67,7 @@ class CompiledMatch:
         for run, segment in zip(self.runs, match.segments, strict=True):
             if isinstance(segment, EagerSegment):
                 layer = segment.leaf.layer
-                # Dropout back in eval mode, an attribute set back, a lazy layer that is materialised: worth a new match.
+                # Dropout back in eval mode, an attribute set back, a lazy layer materialised: worth a new match.
                 watched = watch(layer, is_fused=False) if isinstance(layer, nn.Module) else None
                 segments.append((None, [layer], watched))
             else:
@@ -82,6 +82,15 @@ class CompiledMatch:
     def reset_stats(self) -> None:
         self.past = add_stats([])
         self.program.reset_stats()
+
+    def is_current(self, owner: nn.Module) -> bool:
+        """Whether the owner's layers are still those that were matched."""
+        return bool(self.program.is_current(owner))
+
+    def forget_last_plans(self) -> None:
+        for run in self.runs:
+            if run is not None:
+                run.forget_last_plan()
 
     def refresh(self) -> None:
         for run in self.runs:
@@ -119,6 +128,9 @@ class CheckedProgram:
                 assert_close_to_eager(output, expected, layers)
             value = output
         return value
+
+    def is_current(self, module: nn.Module) -> bool:
+        return all(program.is_current(module) for program, _, _ in self._parts)
 
     def stats(self) -> dict[str, Any]:
         return add_stats(program.stats() for program, _, _ in self._parts)

@@ -74,6 +74,8 @@ def explain(model: nn.Module, x: Any = None) -> Report:
     fallbacks: dict[str, int] = {}
     if x is not None:
         before = stats(model)["fallbacks"]
+        for compiled in _all_compiled(model):
+            compiled.forget_last_plans()
         with torch.no_grad():
             model(x)
         after = stats(model)["fallbacks"]
@@ -97,6 +99,8 @@ def _describe(path: str, module: nn.Sequential, inside: dict[int, str]) -> dict[
         entry["note"] = f"{type(module).__name__} is a subclass of nn.Sequential; it keeps its own forward"
         return entry
     compiled = compiled_of(module)
+    if compiled is not None and not compiled.is_current(module):
+        compiled = None
     found = match(module, (nn.Sequential, FusedSequential)) if compiled is None else compiled.match
     entry["segments"] = list(_segments(found, compiled))
     if not found.has_native:

@@ -118,7 +118,7 @@ def test_flatten_and_linear_behind(case: Case, monkeypatch: pytest.MonkeyPatch) 
         assert_exact(run_fused(model, x), model, x)
 
 
-@pytest.mark.parametrize("first, second", zip(sample(60, seed=3), sample(60, seed=4), strict=True), ids=str)
+@pytest.mark.parametrize("first, second", list(zip(sample(60, seed=3), sample(60, seed=4), strict=True)), ids=str)
 def test_two_convolutions(first: Case, second: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first writes into the middle of a map whose border the second reads as zeros."""
     use_kernels(monkeypatch, first.isa)

@@ -1,12 +1,32 @@
-"""The table of FASTSEQ_* variables: defaults, bad values, and the page and the sources that name them."""
+"""The FASTSEQ_* variables: defaults, bad values, the page and the sources that name them, and what each one does."""
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
 
 import pytest
+import torch
 from conftest import ROOT
+from dropin import (
+    NETS,
+    RUNS,
+    assert_eager,
+    assert_fused,
+    assert_identical,
+    assert_same_outcome,
+    call,
+    conv_net,
+    eager,
+    first,
+    fused,
+    images,
+    one_thread,  # noqa: F401
+    split_net,
+)
 
+import fastseq
 from fastseq import _env
 
 ACCESSORS = {
@@ -64,3 +84,252 @@ def test_no_variable_outside_the_table() -> None:
     text = "\n".join(path.read_text() for path in files)
     macros = set(re.findall(r"#define (FASTSEQ_\w+)", text))
     assert set(re.findall(r"\bFASTSEQ_[A-Z]\w*", text)) - macros == set(NAMES)
+
+
+# What the run variables do ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def kernels_of(model: torch.nn.Module) -> list[str]:
+    """The kernels of the model's last call."""
+    segments = [s for entry in fastseq.explain(model).to_dict()["sequentials"] for s in entry["segments"]]
+    return [step["kernel"] for segment in segments for step in segment.get("steps", ())]
+
+
+def test_unset_and_empty_are_the_same(clean: pytest.MonkeyPatch) -> None:
+    fast, x = fastseq.optimize(conv_net()), images()
+    expected = assert_fused(fast, x)
+    for name in NAMES:
+        clean.setenv(name, "")
+    assert torch.equal(assert_fused(fastseq.optimize(fast), x), expected)
+
+
+@pytest.mark.parametrize("variable", [v for v in _env.VARIABLES if v.kind == "run" and v.values], ids=lambda v: v.name)
+@pytest.mark.parametrize("value", ["perhaps", "true", "2", "AVX2", "-1"])
+def test_a_bad_value_is_reported_by_optimize(variable: _env.Variable, value: str, clean: pytest.MonkeyPatch) -> None:
+    """Not in the middle of a forward pass."""
+    clean.setenv(variable.name, value)
+    expected = f"{variable.name} is {value!r}; expected one of {', '.join(variable.values)}, or unset"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        fastseq.optimize(conv_net())
+
+
+def test_spaces_around_a_value_do_not_matter(clean: pytest.MonkeyPatch) -> None:
+    clean.setenv("FASTSEQ_DISABLE", " 1 ")
+    assert not fastseq.native_available()
+
+
+# FASTSEQ_DISABLE
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_disable(net: str, clean: pytest.MonkeyPatch) -> None:
+    clean.setenv("FASTSEQ_DISABLE", "1")
+    fast, x = fastseq.optimize(NETS[net]()), images()
+    assert not fastseq.native_available() and fastseq.native_error() == "FASTSEQ_DISABLE=1"
+    assert fastseq.isa() == "none" and fastseq.kernels() == []
+    with torch.no_grad():
+        actual, counters = call(fast, x)
+        assert_identical(actual, eager(fast, x))
+    assert counters["fused_calls"] == 0
+    fast(x).sum().backward()
+    # Switched on again, the same model is fused.
+    clean.setenv("FASTSEQ_DISABLE", "0")
+    assert_fused(fast, x, RUNS[net])
+
+
+# FASTSEQ_ISA
+
+ISAS = list(dict.fromkeys(kernel["isa"] for kernel in fastseq.kernels() if kernel["supported"]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_isa_is_a_cap(isa: str, clean: pytest.MonkeyPatch) -> None:
+    clean.setenv("FASTSEQ_ISA", isa)
+    assert fastseq.isa() == isa
+    fast = fastseq.optimize(conv_net())
+    assert_fused(fast, images())
+    names = kernels_of(fast)
+    assert len(names) == 2 and all(f"__{isa}_" in name for name in names)
+
+
+def test_isa_beyond_the_cpu_is_the_best_it_has(clean: pytest.MonkeyPatch) -> None:
+    best = fastseq.isa()
+    clean.setenv("FASTSEQ_ISA", "avx512")
+    assert fastseq.isa() == best
+    assert_fused(fastseq.optimize(conv_net()), images())
+
+
+def test_a_model_keeps_the_instruction_set_of_its_first_call(clean: pytest.MonkeyPatch) -> None:
+    fast, x = fastseq.optimize(conv_net()), images()
+    assert_fused(fast, x)
+    before = kernels_of(fast)
+    clean.setenv("FASTSEQ_ISA", "portable")
+    assert_fused(fast, x)
+    assert kernels_of(fast) == before
+    again = fastseq.optimize(fast)
+    assert_fused(again, x)
+    assert all("__portable_" in name for name in kernels_of(again))
+
+
+# FASTSEQ_KERNEL
+
+
+def test_kernel_is_a_preference(clean: pytest.MonkeyPatch) -> None:
+    """Each tile of the operation can be asked for; a layer too narrow for it takes what fits."""
+    model, x = torch.nn.Sequential(torch.nn.Linear(12, 300), torch.nn.ReLU()).eval(), torch.randn(64, 12)
+    wanted = [k["name"] for k in fastseq.kernels() if k["op"] == "linear" and k["isa"] == fastseq.isa()]
+    used = []
+    for name in wanted:
+        clean.setenv("FASTSEQ_KERNEL", name)
+        fast = fastseq.optimize(model)
+        assert_fused(fast, x)
+        used += kernels_of(fast)
+    assert used == wanted and len(set(wanted)) > 1
+
+
+@pytest.mark.parametrize("text", ["no such kernel", "conv2d", "%s", "\\", "ß"])
+def test_a_kernel_that_does_not_exist_or_fit_is_no_error(text: str, clean: pytest.MonkeyPatch) -> None:
+    fast = fastseq.optimize(torch.nn.Sequential(torch.nn.Linear(12, 30)).eval())
+    assert_fused(fast, images())
+    before = kernels_of(fast)
+    clean.setenv("FASTSEQ_KERNEL", text)
+    fast = fastseq.optimize(fast)
+    assert_fused(fast, images())
+    assert kernels_of(fast) == before
+
+
+# FASTSEQ_VERBOSE
+
+
+@pytest.fixture
+def log() -> Iterator[logging.Logger]:
+    """fastseq's logger, put back afterwards: nothing else in the tests should write to stderr."""
+    logger = logging.getLogger("fastseq")
+    before = logger.level, logger.handlers[:]
+    logger.handlers = []
+    yield logger
+    logger.setLevel(before[0])
+    logger.handlers = before[1]
+
+
+def test_verbose(clean: pytest.MonkeyPatch, log: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    clean.setenv("FASTSEQ_VERBOSE", "1")
+    fast, x = fastseq.optimize(torch.nn.ModuleDict({"body": conv_net(), "rest": torch.nn.Tanh()})), images()
+    fastseq.optimize(fast)
+    optimised = capsys.readouterr()
+    assert "body" in optimised.err and "rest" not in optimised.err and optimised.out == ""
+    assert len(log.handlers) == 1, "one handler however often optimize is called"
+    with torch.no_grad():
+        fast["body"](x)
+    planned = capsys.readouterr().err
+    for name in kernels_of(fast):
+        assert planned.count(name) == 1, "the plan names its kernels"
+    with torch.no_grad():
+        fast["body"](x)
+    assert capsys.readouterr().err == "", "a plan is logged once"
+    fast["body"](x)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "gradients are being recorded" in lines[0] and lines[0].startswith("fastseq: ")
+
+
+def test_verbose_names_the_fallback_of_one_run_among_others(
+    clean: pytest.MonkeyPatch, log: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean.setenv("FASTSEQ_VERBOSE", "1")
+    fast = fastseq.optimize(split_net())
+    fast[4].double()
+    capsys.readouterr()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        fast(images())
+    assert "not float32" in capsys.readouterr().err
+
+
+def test_quiet_without_verbose(
+    clean: pytest.MonkeyPatch, log: logging.Logger, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fast = fastseq.optimize(conv_net())
+    assert_fused(fast, images())
+    fast(images())
+    assert log.handlers == [] and log.level == logging.NOTSET
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+# FASTSEQ_CHECK
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_check_changes_no_result_and_no_counter(net: str, clean: pytest.MonkeyPatch) -> None:
+    fast, x = fastseq.optimize(NETS[net]()), images()
+    expected = assert_fused(fast, x, RUNS[net])
+    clean.setenv("FASTSEQ_CHECK", "1")
+    checked = fastseq.optimize(fast)
+    for _ in range(2):
+        assert torch.equal(assert_fused(checked, x, RUNS[net]), expected)
+    special = x.clone()
+    special[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    assert_fused(checked, special, RUNS[net])
+    assert_eager(checked, x, "gradients are being recorded").sum().backward()
+    with torch.no_grad():
+        for parameter in checked.parameters():
+            parameter.mul_(2)
+    assert not torch.equal(assert_fused(checked, x, RUNS[net]), expected)
+    with torch.no_grad():
+        assert_same_outcome(checked, torch.randn(2, 4, 12, 12))
+        assert_same_outcome(checked, None)
+        assert_same_outcome(checked, x[0])
+        handle = first(checked, torch.nn.Linear).register_forward_hook(lambda module, args, output: output + 1)
+        torch.testing.assert_close(checked(x), eager(checked, x))
+        handle.remove()
+
+
+@pytest.mark.parametrize("value", [None, "text", "changed", 3])
+def test_check_runs_layers_that_are_not_fused_once(value: object, clean: pytest.MonkeyPatch) -> None:
+    class Counting(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> object:
+            self.calls += 1
+            return value
+
+    clean.setenv("FASTSEQ_CHECK", "1")
+    fast = fastseq.optimize(torch.nn.Sequential(torch.nn.Linear(12, 4), torch.nn.ReLU(), Counting()))
+    with torch.no_grad():
+        assert fast(images()) is value
+    assert fast[2].calls == 1 and fastseq.stats(fast) == fused(1)
+
+
+@pytest.mark.parametrize("layer", ["first", "last"])
+def test_check_finds_a_result_that_is_not_eagers(layer: str, clean: pytest.MonkeyPatch) -> None:
+    """Eager is made to compute something else behind the back of every check."""
+    clean.setenv("FASTSEQ_CHECK", "1")
+    fast, x = fastseq.optimize(split_net()), images()
+    assert_fused(fast, x, runs=2)
+    name = {"first": "relu", "last": "linear"}[layer]
+    right = getattr(torch.nn.functional, name)
+    clean.setattr(torch.nn.functional, name, lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
+    layers = {"first": r"\[Conv2d, ReLU\]", "last": r"\[Flatten, Linear\]|\[Linear\]"}[layer]
+    with torch.no_grad(), pytest.raises(AssertionError, match=f"FASTSEQ_CHECK: the fused result of ({layers}) differs"):
+        fast(x)
+
+
+@pytest.mark.parametrize("change", ["shape", "nan", "dtype"])
+def test_check_finds_other_differences(change: str, clean: pytest.MonkeyPatch) -> None:
+    clean.setenv("FASTSEQ_CHECK", "1")
+    fast, x = fastseq.optimize(torch.nn.Sequential(torch.nn.Linear(12, 4)).eval()), images()
+    right = torch.nn.functional.linear
+    wrong = {
+        "shape": lambda *args: right(*args)[None],
+        "nan": lambda *args: right(*args).index_fill(3, torch.tensor([1]), float("nan")),
+        "dtype": lambda *args: right(*args).double(),
+    }
+    clean.setattr(torch.nn.functional, "linear", wrong[change])
+    with torch.no_grad(), pytest.raises(AssertionError, match="FASTSEQ_CHECK"):
+        fast(x)

@@ -132,6 +132,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("steps"), py::arg("watches"), py::arg("flattens_input"), py::arg("flattens_output"), py::arg("isa") = "",
            py::arg("kernel") = "")
       .def("describe", describe, "The plan of the last call, or None.")
+      .def("forget_last_plan", &NativeRun::forget_last_plan)
       .def("packed_bytes", &NativeRun::packed_bytes)
       .def("refresh", &NativeRun::refresh);
 

@@ -50,6 +50,7 @@ class NativeRun {
   void refresh();
 
   PlanPtr last_plan() const { return last_plan_; }
+  void forget_last_plan() { last_plan_.reset(); }
   int64_t packed_bytes() const;
 
   // For the garbage collector: the references held here.

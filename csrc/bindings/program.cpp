@@ -47,6 +47,14 @@ Reason refuse_all(const State& state, PyObject* owner, bool is_called) {
   return nullptr;
 }
 
+bool has_changed_segment(const State& state) {
+  for (const Segment& segment : state.segments) {
+    if (segment.run && segment.run->check() == WatchResult::kChanged) return true;
+    if (segment.watch && segment.watch->check(/*check_hooks=*/false) == WatchResult::kChanged) return true;
+  }
+  return false;
+}
+
 // All segments in order; a new reference, or null with an exception set or `reason` given.
 PyObject* run_segments(State& state, PyObject* input, Reason& reason) {
   if (state.segments.size() == 1 && state.segments.front().run) {
@@ -62,10 +70,7 @@ PyObject* run_segments(State& state, PyObject* input, Reason& reason) {
     ++state.counters.fused;
     return THPVariable_Wrap(std::move(outcome.value));
   }
-  for (const Segment& segment : state.segments) {
-    const bool is_changed = segment.run ? segment.run->check() == WatchResult::kChanged
-                                        : segment.watch && segment.watch->check(false) == WatchResult::kChanged;
-    if (!is_changed) continue;
+  if (has_changed_segment(state)) {
     reason = kChanged;
     return nullptr;
   }
@@ -128,6 +133,14 @@ PyObject* program_forward(PyObject* self, PyObject* const* args, Py_ssize_t coun
   }
   if (reason != kChanged) state.counters.count_fallback(reason);
   return PyObject_CallFunction(refused_type, "s", reason);
+  END_HANDLE_TH_ERRORS
+}
+
+// is_current(module) -> whether the layers are still those that were matched.
+PyObject* program_is_current(PyObject* self, PyObject* module) {
+  HANDLE_TH_ERRORS
+  const State& state = *state_of(self);
+  return PyBool_FromLong(refuse_all(state, module, false) != kChanged && !has_changed_segment(state));
   END_HANDLE_TH_ERRORS
 }
 
@@ -217,6 +230,7 @@ PyMethodDef program_methods[] = {
      "call(module, input) -> result, or the type Refused if nn.Module.__call__ must take over"},
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(program_forward)), METH_FASTCALL,
      "forward(module, input) -> result, or the reason for eager as a Refused"},
+    {"is_current", program_is_current, METH_O, "is_current(module) -> whether the layers are still those that were matched"},
     {"stats", program_stats, METH_NOARGS, "Counters since the last reset."},
     {"reset_stats", program_reset_stats, METH_NOARGS, "Set the counters to zero."},
     {nullptr, nullptr, 0, nullptr},

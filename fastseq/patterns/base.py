@@ -68,7 +68,7 @@ def check_conv2d(layer: nn.Conv2d) -> str | None:
         return f"{name} has padding_mode {layer.padding_mode!r}; fused kernels take 'zeros'"
     if pair(layer.dilation) != (1, 1):
         return f"{name} has dilation {layer.dilation}; fused kernels take 1"
-    if layer.groups != 1:
+    if type(layer.groups) is not int or layer.groups != 1:
         return f"{name} has groups {layer.groups}; fused kernels take 1"
     if pair(layer.stride) is None:
         return f"{name} has stride {layer.stride!r}; fused kernels take one or two ints"
