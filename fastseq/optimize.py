@@ -43,7 +43,8 @@ def optimize(model: ModelT) -> ModelT:
     if _env.verbose():
         enable_verbose_logging()
     _native.warn_once()
-    _env.isa_cap()  # a bad FASTSEQ_* value is reported here, not in the middle of a forward pass
+    for read in (_env.isa_cap, _env.preferred_kernel, _env.check):
+        read()  # a bad FASTSEQ_* value is reported here, not in the middle of a forward pass
     copied = copy.deepcopy(model)
     kinds = (nn.Sequential, FusedSequential)
     for path, module in copied.named_modules():

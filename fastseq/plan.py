@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastseq import _env, _native
 from fastseq.matcher import EagerSegment, Match, NativeSegment
 from fastseq.patterns.base import ATTRIBUTES, PARAMETERS
+from fastseq.program import CheckedProgram, LoggedProgram, ProgramSegment, add_stats
 
 
 def watch(layer: nn.Module, is_fused: bool = True) -> Any:
@@ -42,19 +41,13 @@ def native_run(segment: NativeSegment) -> Any:
     )
 
 
-ProgramSegment = tuple[Any, list[Any], Any]  # native run or None, the layers, the watch of an eager layer or None
-CHANGED = "changed"  # the refusal that asks for a new match
-
-
 class CompiledMatch:
     """A match with its native runs, and the program that executes both.
 
     `before`: what the owner ran so far; its counters are carried on.
     """
 
-    def __init__(
-        self, owner: nn.Module, match: Match, before: CompiledMatch | None = None, checked: bool = False
-    ) -> None:
+    def __init__(self, owner: nn.Module, match: Match, before: CompiledMatch | None = None) -> None:
         self.match = match
         self.past = add_stats([]) if before is None else before.stats()
         self.runs = [native_run(s) if isinstance(s, NativeSegment) else None for s in match.segments]
@@ -72,7 +65,10 @@ class CompiledMatch:
                 segments.append((None, [layer], watched))
             else:
                 segments.append((run, [leaf.layer for leaf in segment.leaves], None))
-        self.program = (CheckedProgram if checked else module.Program)(owner, containers, segments)
+        make = CheckedProgram if _env.check() else module.Program
+        self.program: Any = make(owner, containers, segments)
+        if _env.verbose():
+            self.program = LoggedProgram(self.program, [run for run in self.runs if run is not None])
         self.call = self.program.call
         self.refused = module.Refused
 
@@ -96,72 +92,3 @@ class CompiledMatch:
         for run in self.runs:
             if run is not None:
                 run.refresh()
-
-
-class CheckedProgram:
-    """`_C.Program` for FASTSEQ_CHECK=1: segment by segment, each native result compared with its layers run eager."""
-
-    def __init__(self, owner: nn.Module, containers: list[Any], segments: list[ProgramSegment]) -> None:
-        module = _native.module()
-        self._refused = module.Refused
-        # An eager segment is a program of its own too, so that every refusal is the engine's.
-        self._parts = [(module.Program(owner, containers, [s]), s[0], s[1]) for s in segments]
-
-    def call(self, module: nn.Module, input: Any) -> Any:
-        """Always refuses: each call goes through `forward`."""
-        return self._refused
-
-    def forward(self, module: nn.Module, input: Any) -> Any:
-        value = input
-        for i, (program, run, layers) in enumerate(self._parts):
-            output = program.forward(module, value)
-            if output.__class__ is self._refused:
-                if i == 0:
-                    return output
-                for layer in layers:
-                    value = layer(value)
-                continue
-            if run is not None:
-                expected = value
-                for layer in layers:
-                    expected = layer(expected)
-                assert_close_to_eager(output, expected, layers)
-            value = output
-        return value
-
-    def is_current(self, module: nn.Module) -> bool:
-        return all(program.is_current(module) for program, _, _ in self._parts)
-
-    def stats(self) -> dict[str, Any]:
-        return add_stats(program.stats() for program, _, _ in self._parts)
-
-    def reset_stats(self) -> None:
-        for program, _, _ in self._parts:
-            program.reset_stats()
-
-
-def assert_close_to_eager(actual: torch.Tensor, expected: torch.Tensor, layers: list[Any]) -> None:
-    """AssertionError if a fused result is further from eager's than rounding explains: 1e-4 of its largest value."""
-    finite = expected[expected.isfinite()]
-    scale = finite.abs().max().item() if finite.numel() else 0.0
-    names = ", ".join(type(layer).__name__ for layer in layers)
-    torch.testing.assert_close(
-        actual,
-        expected,
-        rtol=0.0,
-        atol=1e-4 * scale,
-        equal_nan=True,
-        check_stride=True,
-        msg=lambda text: f"FASTSEQ_CHECK: the fused result of [{names}] differs from eager's. {text}",
-    )
-
-
-def add_stats(all_stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of several programs' counters."""
-    total: dict[str, Any] = {"fused_calls": 0, "eager_calls": 0, "fallbacks": {}}
-    for stats in all_stats:
-        total["fused_calls"] += stats["fused_calls"]
-        total["eager_calls"] += stats["eager_calls"]
-        for reason, count in stats["fallbacks"].items():
-            total["fallbacks"][reason] = total["fallbacks"].get(reason, 0) + count
-    return total

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastseq import _native
 from fastseq.matcher import EagerSegment, Match, match
 from fastseq.optimize import isa
-from fastseq.plan import CompiledMatch, add_stats
+from fastseq.plan import CompiledMatch
+from fastseq.program import add_stats
 from fastseq.reference import plain_copy
 from fastseq.sequential import FusedSequential, compiled_of
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from fastseq import _env, _native
+from fastseq import _native
 from fastseq.matcher import match
-from fastseq.plan import CHANGED, CompiledMatch
-
-log = logging.getLogger(__name__)
+from fastseq.plan import CompiledMatch
+from fastseq.program import CHANGED
 
 # The key in __dict__ of what belongs to this process and object: never copied or pickled.
 _COMPILED = "_fastseq_compiled"
@@ -69,17 +67,14 @@ class FusedSequential(nn.Sequential):
             if compiled is None:
                 return super().forward(input)
             output = compiled.program.forward(self, input)
-        if output.__class__ is not compiled.refused:
-            return output
-        log.debug("eager: %s", output)
-        return super().forward(input)
+        return super().forward(input) if output.__class__ is compiled.refused else output
 
     def _compile(self) -> CompiledMatch | None:
         """Match the layers as they are now. None if the native engine is unavailable or switched off."""
         before = self.__dict__.pop(_COMPILED, None)
         if not _native.native_available():
             return None
-        compiled = CompiledMatch(self, match(self, (nn.Sequential, FusedSequential)), before, checked=_env.check())
+        compiled = CompiledMatch(self, match(self, (nn.Sequential, FusedSequential)), before)
         self.__dict__[_COMPILED] = compiled
         return compiled
 

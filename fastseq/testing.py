@@ -258,9 +258,18 @@ class Reference:
 
     @classmethod
     def of(cls, model: nn.Module, x: Tensor) -> Reference:
-        """Runs copies of `model` on copies of `x`, so that hooks, in-place layers and statistics leave no trace."""
+        """Runs copies of `model`, so that hooks and statistics leave no trace, and undoes what in-place layers do to `x`.
+
+        Eager runs on `x` itself: the strides of a view decide about those of the result, and a copy has others.
+        """
         with torch.no_grad():
-            return cls(eager=copy.deepcopy(model)(x.clone()), exact=copy.deepcopy(model).double()(x.double()))
+            exact = copy.deepcopy(model).double()(x.double())
+            saved = x.clone()
+            eager = copy.deepcopy(model)(x)
+            if not torch.equal(x.nan_to_num(), saved.nan_to_num()):
+                eager = eager.clone()  # it may share the memory of `x`
+                x.copy_(saved)
+            return cls(eager=eager, exact=exact)
 
     def errors(self, actual: Tensor) -> dict[str, float]:
         """Errors of `actual` and of eager against float64; those named `rel` are relative to the output's scale."""

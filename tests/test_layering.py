@@ -19,6 +19,7 @@ LEVELS = {
     "_env": 0,
     "_native": 1,
     "patterns": 2,
+    "program": 2,
     "matcher": 3,
     "plan": 4,
     "sequential": 5,

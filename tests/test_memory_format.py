@@ -92,7 +92,7 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_strides_are_eagers(tail: str, form: str, weights: torch.memory_format) -> None:
     """Also for the sizes at which a tensor is contiguous and channels_last at once."""
     fused_calls = 0
-    for batch, channels, outputs in itertools.product((1, 3), (1, 3), (1, 5)):
+    for batch, channels, outputs in ((1, 1, 1), (3, 1, 5), (1, 3, 1), (3, 3, 1), (3, 3, 5)):
         model = nn.Sequential(*TAILS[tail](channels, outputs)).eval().to(memory_format=weights)
         fast, x = fastseq.optimize(model), FORMATS[form](torch.randn(batch, channels, 8, 8))
         with torch.no_grad():
@@ -109,7 +109,7 @@ def test_strides_are_eagers(tail: str, form: str, weights: torch.memory_format) 
                     memory_format=memory_format
                 )
     # A Linear takes inputs of more than two dimensions only if they are contiguous.
-    assert fused_calls >= 4 or tail == "linear", "most of these are fused"
+    assert fused_calls >= 3 or tail == "linear", "most of these are fused"
 
 
 @pytest.mark.parametrize("weights", [FIRST, LAST], ids=["contiguous weights", "channels_last weights"])

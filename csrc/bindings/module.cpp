@@ -29,6 +29,7 @@ StepSource step_from(const py::dict& d) {
   step.spec.name = d["name"].cast<std::string>();
   step.spec.op = op == "conv2d" ? Op::kConv2d : op == "maxpool2d" ? Op::kMaxPool2d : Op::kLinear;
   step.spec.has_relu = d["relu"].cast<bool>();
+  step.spec.relu_is_in_place = d["relu_in_place"].cast<bool>();
   if (step.spec.op == Op::kConv2d) {
     const py::dict conv = d["conv"];
     step.spec.conv = window_from(conv);
@@ -133,6 +134,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("kernel") = "")
       .def("describe", describe, "The plan of the last call, or None.")
       .def("forget_last_plan", &NativeRun::forget_last_plan)
+      .def("plans_made", &NativeRun::plans_made)
       .def("packed_bytes", &NativeRun::packed_bytes)
       .def("refresh", &NativeRun::refresh);
 

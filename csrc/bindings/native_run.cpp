@@ -26,8 +26,8 @@ bool is_channels_last(const at::Tensor& tensor) {
   return tensor.dim() == 4 && tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
 }
 
-// Whether eager's result is in channels_last order: a convolution takes the order of its input or weight, and ReLU gives the
-// contiguous one where both orders are the same in memory.
+// Whether eager's result is in channels_last order: a convolution takes the order of its input or weight, and ReLU out of place
+// gives the contiguous one where both orders are the same in memory.
 class FormatTracker {
  public:
   FormatTracker(int64_t channels, int64_t h, int64_t w, bool is_nhwc) : channels_(channels), h_(h), w_(w), is_nhwc_(is_nhwc) {}
@@ -40,18 +40,18 @@ class FormatTracker {
       h_ = conv_size(h_, spec.conv.k_h, spec.conv.stride_h, spec.conv.pad_top, spec.conv.pad_bottom);
       w_ = conv_size(w_, spec.conv.k_w, spec.conv.stride_w, spec.conv.pad_left, spec.conv.pad_right);
     }
-    if (spec.has_relu && !spec.pools_before_relu) relu();
+    if (!spec.pools_before_relu) relu(spec);
     if (spec.has_pool || spec.op == Op::kMaxPool2d) {
       h_ = pool_size(h_, spec.pool.k_h, spec.pool.stride_h, spec.pool.pad_top, spec.pool.ceil_mode);
       w_ = pool_size(w_, spec.pool.k_w, spec.pool.stride_w, spec.pool.pad_left, spec.pool.ceil_mode);
     }
-    if (spec.has_relu && spec.pools_before_relu) relu();
+    if (spec.pools_before_relu) relu(spec);
   }
   bool is_nhwc() const { return is_nhwc_; }
 
  private:
-  void relu() {
-    if (channels_ == 1 || h_ * w_ == 1) is_nhwc_ = false;
+  void relu(const StepSpec& spec) {
+    if (spec.has_relu && !spec.relu_is_in_place && (channels_ == 1 || h_ * w_ == 1)) is_nhwc_ = false;
   }
 
   int64_t channels_, h_, w_;
@@ -220,6 +220,7 @@ const NativeRun::Entry& NativeRun::plan_for(const Signature& signature) {
   options.output_is_nhwc = format.is_nhwc() && !flattens_output_;
   Entry entry{signature, Plan::build(input, specs, options, packed_), options.output_is_nhwc};
   plans_.insert(plans_.begin(), std::move(entry));
+  ++plans_made_;
   if (plans_.size() > kMostPlans) plans_.pop_back();
   return plans_.front();
 }

@@ -50,6 +50,7 @@ class NativeRun {
   void refresh();
 
   PlanPtr last_plan() const { return last_plan_; }
+  int64_t plans_made() const { return plans_made_; }
   void forget_last_plan() { last_plan_.reset(); }
   int64_t packed_bytes() const;
 
@@ -86,6 +87,7 @@ class NativeRun {
   PackCache packed_;
   std::vector<Entry> plans_;  // most recent first
   PlanPtr last_plan_;
+  int64_t plans_made_ = 0;
 };
 
 }  // namespace fastseq

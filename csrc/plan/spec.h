@@ -32,8 +32,9 @@ struct StepSpec {
   int64_t out = 0, in = 0;  // channels or features of the weight
   Window conv;
   bool has_relu = false;
+  bool relu_is_in_place = false;  // the same values, but see how the memory format follows
   bool has_pool = false;
-  bool pools_before_relu = false;  // the same values, but see how the memory format follows
+  bool pools_before_relu = false;  // as above
   Window pool;
 };
 

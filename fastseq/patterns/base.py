@@ -31,6 +31,7 @@ class Pattern:
 # between two calls means a new match.
 ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.ReLU: ("inplace",),
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Dropout: ("p", "training"),
@@ -114,17 +115,19 @@ def step(
     op: str,
     name: str,
     *,
-    relu: bool = False,
+    relu: Any = None,
     relu_after_pool: bool = False,
     conv: Any = None,
     pool: Any = None,
     layer: Any = None,
 ) -> dict[str, Any]:
-    """A step in the words of the native engine. `layer` is the module that holds weight and bias."""
+    """A step in the words of the native engine. `relu`: the ReLU, or None; `layer`: what holds weight and bias."""
     return {
         "op": op,
         "name": name,
-        "relu": relu,
+        "relu": relu is not None,
+        # Out of place it gives its result new strides where two memory formats coincide; in place it cannot.
+        "relu_in_place": relu is not None and bool(relu.inplace),
         "relu_after_pool": relu_after_pool,
         "conv": conv,
         "pool": pool,

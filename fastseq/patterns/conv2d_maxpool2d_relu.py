@@ -17,7 +17,7 @@ def build(layers: Layers) -> dict[str, Any]:
     return step(
         "conv2d",
         "conv2d_maxpool2d_relu",
-        relu=True,
+        relu=layers[2],
         relu_after_pool=True,
         conv=build_conv2d(layers[0]),
         pool=build_maxpool2d(layers[1]),

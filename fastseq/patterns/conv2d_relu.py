@@ -14,7 +14,7 @@ def check(layers: Layers) -> str | None:
 
 
 def build(layers: Layers) -> dict[str, Any]:
-    return step("conv2d", "conv2d_relu", relu=True, conv=build_conv2d(layers[0]), layer=layers[0])
+    return step("conv2d", "conv2d_relu", relu=layers[1], conv=build_conv2d(layers[0]), layer=layers[0])
 
 
 def example() -> tuple[list[nn.Module], tuple[int, ...]]:

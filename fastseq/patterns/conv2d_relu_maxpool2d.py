@@ -17,7 +17,7 @@ def build(layers: Layers) -> dict[str, Any]:
     return step(
         "conv2d",
         "conv2d_relu_maxpool2d",
-        relu=True,
+        relu=layers[1],
         conv=build_conv2d(layers[0]),
         pool=build_maxpool2d(layers[2]),
         layer=layers[0],

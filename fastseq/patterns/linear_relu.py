@@ -14,7 +14,7 @@ def check(layers: Layers) -> str | None:
 
 
 def build(layers: Layers) -> dict[str, Any]:
-    return step("linear", "linear_relu", relu=True, layer=layers[0])
+    return step("linear", "linear_relu", relu=layers[1], layer=layers[0])
 
 
 def example() -> tuple[list[nn.Module], tuple[int, ...]]:

@@ -1,0 +1,129 @@
+"""Around `_C.Program`, which runs the segments of one Sequential: its counters, and its stand-ins for debugging.
+
+A program has `call(module, input)` for the fast lane of FusedSequential, `forward(module, input)`, `is_current(module)`,
+`stats()` and `reset_stats()`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastseq import _native
+
+log = logging.getLogger(__name__)
+
+ProgramSegment = tuple[Any, list[Any], Any]  # native run or None, the layers, the watch of an eager layer or None
+CHANGED = "changed"  # the refusal that asks for a new match
+
+
+def add_stats(all_stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of several programs' counters."""
+    total: dict[str, Any] = {"fused_calls": 0, "eager_calls": 0, "fallbacks": {}}
+    for stats in all_stats:
+        total["fused_calls"] += stats["fused_calls"]
+        total["eager_calls"] += stats["eager_calls"]
+        for reason, count in stats["fallbacks"].items():
+            total["fallbacks"][reason] = total["fallbacks"].get(reason, 0) + count
+    return total
+
+
+class CheckedProgram:
+    """`_C.Program` for FASTSEQ_CHECK=1: segment by segment, each native result compared with its layers run eager."""
+
+    def __init__(self, owner: nn.Module, containers: list[Any], segments: list[ProgramSegment]) -> None:
+        module = _native.module()
+        self._refused = module.Refused
+        # An eager segment is a program of its own too, so that every refusal is the engine's.
+        self._parts = [(module.Program(owner, containers, [s]), s[0], s[1]) for s in segments]
+
+    def call(self, module: nn.Module, input: Any) -> Any:
+        """Always refuses: each call goes through `forward`."""
+        return self._refused
+
+    def forward(self, module: nn.Module, input: Any) -> Any:
+        value = input
+        for i, (program, run, layers) in enumerate(self._parts):
+            output = program.forward(module, value)
+            if output.__class__ is self._refused:
+                if i == 0:
+                    return output
+                for layer in layers:
+                    value = layer(value)
+                continue
+            if run is not None:
+                expected = value
+                for layer in layers:
+                    expected = layer(expected)
+                assert_close_to_eager(output, expected, layers)
+            value = output
+        return value
+
+    def is_current(self, module: nn.Module) -> bool:
+        return all(program.is_current(module) for program, _, _ in self._parts)
+
+    def stats(self) -> dict[str, Any]:
+        return add_stats(program.stats() for program, _, _ in self._parts)
+
+    def reset_stats(self) -> None:
+        for program, _, _ in self._parts:
+            program.reset_stats()
+
+
+def assert_close_to_eager(actual: torch.Tensor, expected: torch.Tensor, layers: list[Any]) -> None:
+    """AssertionError if a fused result is further from eager's than rounding explains: 1e-4 of its largest value."""
+    finite = expected[expected.isfinite()]
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    names = ", ".join(type(layer).__name__ for layer in layers)
+    torch.testing.assert_close(
+        actual,
+        expected,
+        rtol=0.0,
+        atol=1e-4 * scale,
+        equal_nan=True,
+        check_stride=True,
+        msg=lambda text: f"FASTSEQ_CHECK: the fused result of [{names}] differs from eager's. {text}",
+    )
+
+
+class LoggedProgram:
+    """A program for FASTSEQ_VERBOSE=1: logs each new plan and each fallback."""
+
+    def __init__(self, program: Any, runs: list[Any]) -> None:
+        self._program = program
+        self._runs = runs
+        self._plans_made = [run.plans_made() for run in runs]
+        self._refused = _native.module().Refused
+
+    def call(self, module: nn.Module, input: Any) -> Any:
+        """Always refuses: each call goes through `forward`."""
+        return self._refused
+
+    def forward(self, module: nn.Module, input: Any) -> Any:
+        before = self._program.stats()["fallbacks"]
+        output = self._program.forward(module, input)
+        for reason, count in self._program.stats()["fallbacks"].items():
+            if count > before.get(reason, 0):
+                log.debug("eager: %s", reason)
+        for i, run in enumerate(self._runs):
+            if run.plans_made() == self._plans_made[i]:
+                continue
+            self._plans_made[i] = run.plans_made()
+            plan = run.describe()
+            for step in plan["steps"] if plan is not None else ():
+                log.debug("plan: %s, %s, gives %s", step["name"], step["kernel"], step["output"])
+        return output
+
+    def is_current(self, module: nn.Module) -> bool:
+        return bool(self._program.is_current(module))
+
+    def stats(self) -> dict[str, Any]:
+        stats: dict[str, Any] = self._program.stats()
+        return stats
+
+    def reset_stats(self) -> None:
+        self._program.reset_stats()
