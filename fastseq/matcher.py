@@ -11,7 +11,6 @@ from torch import nn
 from fastseq.patterns import PATTERNS
 from fastseq.patterns.base import Pattern
 
-
 SEQUENTIAL = nn.Sequential
 SEQUENTIAL_FORWARD = nn.Sequential.forward
 KNOWN_LAYERS = {kind for pattern in PATTERNS for kind in pattern.types} | {nn.Flatten, nn.Dropout, nn.Identity}

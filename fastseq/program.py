@@ -1,7 +1,7 @@
 """Around `_C.Program`, which runs the segments of one Sequential: its counters, and its stand-ins for debugging.
 
-A program has `call(module, input)` for the fast lane of FusedSequential, `forward(module, input)`, `is_current(module)`,
-`stats()` and `reset_stats()`.
+A program has `call(module, input)` for the fast lane of FusedSequential, `forward(module, input)`,
+`is_current(module)`, `stats()` and `reset_stats()`.
 """
 
 from __future__ import annotations

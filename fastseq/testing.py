@@ -258,7 +258,7 @@ class Reference:
 
     @classmethod
     def of(cls, model: nn.Module, x: Tensor) -> Reference:
-        """Runs copies of `model`, so that hooks and statistics leave no trace, and undoes what in-place layers do to `x`.
+        """Runs copies of `model`, so that hooks and statistics leave no trace; what in-place layers do to `x` is undone.
 
         Eager runs on `x` itself: the strides of a view decide about those of the result, and a copy has others.
         """

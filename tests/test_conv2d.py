@@ -160,6 +160,15 @@ def test_weights_larger_than_the_cache(c_in: int) -> None:
     assert_exact(run_fused(model, x), model, x)
 
 
+@pytest.mark.parametrize("width", [14, 16, 18])
+@pytest.mark.parametrize("pool", [[], [nn.MaxPool2d(2)], [nn.MaxPool2d(3, 2)]], ids=["", "2x2/2", "3x3/2"])
+def test_rows_of_a_page(width: int, pool: list[nn.Module]) -> None:
+    """Maps whose rows take 4 KiB, with and without the border, keep them a little further apart."""
+    model = integer_model(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), *pool, limit=1)
+    x = integers(2, 3, 7, width, limit=1)
+    assert_exact(run_fused(model, x), model, x)
+
+
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (97, 2), (2, 97), (64, 66)])
 def test_long_and_narrow_images(size: tuple[int, int]) -> None:
     """Rows longer than a block of pixels, and rows so short that many share one."""

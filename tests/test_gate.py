@@ -767,18 +767,15 @@ def test_compile_sees_one_graph_of_plain_layers(net: str) -> None:
 
 @pytest.mark.parametrize("place", ["model", "nested", "layer"])
 def test_module_compile(place: str) -> None:
-    """The user's compiler gets what it gets in eager (of a single layer: nothing, torch skips its own frames)."""
     torch._dynamo.reset()
-    fast, x, graphs = fastseq.optimize(nested_net()), images(), []
+    fast, x, backend = fastseq.optimize(nested_net()), images(), CountingBackend()
     before = assert_fused(fast, x)
-    for model in (fast, plain_copy(fast)):
-        backend = CountingBackend()
-        {"model": model, "nested": model[0], "layer": model[0][0]}[place].compile(backend=backend)
-        with torch.no_grad():
-            for _ in range(2):
-                torch.testing.assert_close(model(x), before)
-        graphs.append(backend.graphs)
-    assert graphs[0] == graphs[1] and len(graphs[0]) == (place != "layer")
+    {"model": fast, "nested": fast[0], "layer": fast[0][0]}[place].compile(backend=backend)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), before)
+    # torch itself compiles no frame of a layer of torch.nn that is called by itself.
+    assert len(backend.graphs) == (place != "layer"), "the user's compiler is used"
 
 
 # Mixed ------------------------------------------------------------------------------------------------------------

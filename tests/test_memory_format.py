@@ -47,6 +47,9 @@ TAILS: dict[str, Callable[[int, int], list[nn.Module]]] = {
     "conv relu of one pixel": lambda c, n: [conv(c, n, 8), nn.ReLU()],
     "pool to one pixel": lambda c, n: [conv(c, n), nn.ReLU(), nn.MaxPool2d(6)],
     "pool to one pixel, then conv": lambda c, n: [nn.MaxPool2d(8), conv(c, n, 1), nn.ReLU()],
+    "one pixel of one channel": lambda c, n: [conv(c, 1), nn.MaxPool2d(6), conv(1, n, 1)],
+    "conv to one pixel of one channel": lambda c, n: [conv(c, 1, 8), conv(1, n, 1), nn.MaxPool2d(1)],
+    "one channel": lambda c, n: [conv(c, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2), conv(1, n, 1)],
     "free layers": lambda c, n: [nn.Identity(), conv(c, n), nn.Dropout(), nn.ReLU(), nn.Identity()],
     "flatten": lambda c, n: [conv(c, n), nn.ReLU(), nn.Flatten()],
     "pool flatten": lambda c, n: [nn.MaxPool2d(2), nn.Flatten()],
@@ -86,8 +89,17 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("weights", [FIRST, LAST], ids=["contiguous weights", "channels_last weights"])
-@pytest.mark.parametrize("form", FORMATS)
+# With channels_last weights the input's format matters less.
+FORMS_AND_WEIGHTS = [
+    *(pytest.param(form, FIRST, id=form) for form in FORMATS),
+    *(
+        pytest.param(form, LAST, id=f"{form}, channels_last weights")
+        for form in ("contiguous", "channels_last", "transposed", "expanded pixel", "odd strides of ones")
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "weights"), FORMS_AND_WEIGHTS)
 @pytest.mark.parametrize("tail", TAILS)
 def test_strides_are_eagers(tail: str, form: str, weights: torch.memory_format) -> None:
     """Also for the sizes at which a tensor is contiguous and channels_last at once."""

@@ -46,6 +46,8 @@ class FormatTracker {
       w_ = pool_size(w_, spec.pool.k_w, spec.pool.stride_w, spec.pool.pad_left, spec.pool.ceil_mode);
     }
     if (spec.pools_before_relu) relu(spec);
+    // The strides of a single element are those of both orders, and eager takes that for contiguous.
+    if (channels_ * h_ * w_ == 1) is_nhwc_ = false;
   }
   bool is_nhwc() const { return is_nhwc_; }
 

@@ -14,7 +14,7 @@ constexpr int64_t kCachedWeightBytes = int64_t{256} << 10;
 // Linear weights beyond this are worth a pass of their own over the batch.
 constexpr int64_t kSplitWeightBytes = int64_t{1} << 20;
 // A block holds about this many pixels: enough to amortise the call, little enough to stay in L1.
-constexpr int64_t kBlockPixels = 96;
+constexpr int64_t kBlockPixels = 192;
 // Longest chain of additions into one accumulator, and the shortest worth ending.
 constexpr int64_t kLongestSum = 512, kShortestPartialSum = 256;
 // Elements behind a map: vector reads may run past its last pixel.
