@@ -105,7 +105,12 @@ class LoggedProgram:
 
     def forward(self, module: nn.Module, input: Any) -> Any:
         before = self._program.stats()["fallbacks"]
-        output = self._program.forward(module, input)
+        try:
+            return self._program.forward(module, input)
+        finally:
+            self._log_news(before)
+
+    def _log_news(self, before: dict[str, int]) -> None:
         for reason, count in self._program.stats()["fallbacks"].items():
             if count > before.get(reason, 0):
                 log.debug("eager: %s", reason)
@@ -116,7 +121,6 @@ class LoggedProgram:
             plan = run.describe()
             for step in plan["steps"] if plan is not None else ():
                 log.debug("plan: %s, %s, gives %s", step["name"], step["kernel"], step["output"])
-        return output
 
     def is_current(self, module: nn.Module) -> bool:
         return bool(self._program.is_current(module))

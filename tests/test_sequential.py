@@ -264,7 +264,6 @@ ACTS: dict[str, Callable[[nn.Sequential], Any]] = {
     "hook": lambda m: m[2].register_forward_hook(lambda module, args, output: output + 1),
     "forward": lambda m: setattr(m[3], "forward", torch.sigmoid),
     "training": lambda m: m.train(),
-    "child replaced": lambda m: assign(m, 3, nn.Sigmoid()),
     "earlier child replaced": lambda m: assign(m, 0, nn.Linear(6, 6)),
 }
 
