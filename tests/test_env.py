@@ -181,9 +181,11 @@ def test_a_model_keeps_the_instruction_set_of_its_first_call(clean: pytest.Monke
 # FASTSEQ_KERNEL
 
 
-def test_kernel_is_a_preference(clean: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_kernel_is_a_preference(isa: str, clean: pytest.MonkeyPatch) -> None:
     """Each tile of an operation can be asked for, where the layer is as wide as the tile."""
-    wanted = [k["name"] for k in fastseq.kernels() if k["op"] == "linear" and k["isa"] == fastseq.isa()]
+    wanted = [k["name"] for k in fastseq.kernels() if k["op"] == "linear" and k["isa"] == isa]
+    clean.setenv("FASTSEQ_ISA", isa)
     used = []
     for name in wanted:
         clean.setenv("FASTSEQ_KERNEL", name)
@@ -332,3 +334,18 @@ def test_check_finds_other_differences(change: str, clean: pytest.MonkeyPatch) -
     clean.setattr(torch.nn.functional, "linear", wrong[change])
     with torch.no_grad(), pytest.raises(AssertionError, match="FASTSEQ_CHECK"):
         fast(x)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_check_and_verbose_together(
+    net: str, clean: pytest.MonkeyPatch, log: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean.setenv("FASTSEQ_CHECK", "1")
+    clean.setenv("FASTSEQ_VERBOSE", "1")
+    fast, x = fastseq.optimize(NETS[net]()), images()
+    for _ in range(2):
+        assert_fused(fast, x, RUNS[net])
+    text = capsys.readouterr().err
+    assert all(text.count(name) == 1 for name in kernels_of(fast))
+    assert_eager(fast, x, "gradients are being recorded")
+    assert "gradients are being recorded" in capsys.readouterr().err

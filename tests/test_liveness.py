@@ -561,6 +561,19 @@ def test_lazy_layers_are_fused_once_they_are_real(has_more: bool) -> None:
     assert kinds == (["native"] if has_more else ["native", "eager", "native"])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_modules_fused_by_torch_itself() -> None:
+    """torch.ao replaces the convolution by a Sequential of its own kind, and the ReLU by an Identity."""
+    fast, x = fastseq.optimize(conv_net()), images()
+    before = assert_fused(fast, x)
+    torch.ao.quantization.fuse_modules(fast, [["0", "1"], ["5", "6"]], inplace=True)
+    assert type(fast[0]) is torch.ao.nn.intrinsic.ConvReLU2d and type(fast[6]) is nn.Identity
+    with torch.no_grad():
+        result, counters = call(fast, x)
+    torch.testing.assert_close(result, before)
+    assert counters == fused(), "what is left is the pool"
+
+
 class Tripled(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return 3 * super().forward(input)

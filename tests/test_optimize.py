@@ -332,6 +332,18 @@ def test_repr_says_that_it_is_fused() -> None:
     assert repr(fastseq.optimize(Holder())).count("FusedSequential") == 2
 
 
+def test_children_may_have_any_name_that_eager_allows() -> None:
+    """The class adds no attribute that could stand in the way of a child's name."""
+    added = set(dir(FusedSequential)) - set(dir(nn.Sequential))
+    assert not [name for name in added if not name.startswith(("__", "_fastseq"))]
+    names = ["_forward", "_compile", "run", "plan", "stats", "call"]
+    model = nn.Sequential(OrderedDict((name, nn.Linear(3, 3)) for name in names)).eval()
+    fast = fastseq.optimize(model)
+    assert all(getattr(fast, name) is fast._modules[name] for name in names)
+    assert list(fast[1:]._modules) == names[1:]
+    assert_fused(fast, torch.randn(2, 3))
+
+
 def test_a_sequence_like_the_original() -> None:
     model = named()
     fast = fastseq.optimize(model)

@@ -32,13 +32,20 @@ AlignedBuffer::AlignedBuffer(int64_t floats) : size_(floats) {
 AlignedBuffer::~AlignedBuffer() { std::free(data_); }
 
 BufferPtr BufferPool::take(int64_t floats) {
+  BufferPtr outgrown;  // freed outside the lock
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto it = idle_.rbegin(); it != idle_.rend(); ++it) {
-      if ((*it)->size() != floats) continue;
-      BufferPtr found = std::move(*it);
-      idle_.erase(std::next(it).base());
+    auto best = idle_.end();
+    for (auto it = idle_.begin(); it != idle_.end(); ++it)
+      if ((*it)->size() >= floats && (best == idle_.end() || (*it)->size() < (*best)->size())) best = it;
+    if (best != idle_.end()) {
+      BufferPtr found = std::move(*best);
+      idle_.erase(best);
       return found;
+    }
+    if (!idle_.empty()) {
+      outgrown = std::move(idle_.back());
+      idle_.pop_back();
     }
   }
   return std::make_unique<AlignedBuffer>(floats);

@@ -24,7 +24,8 @@ class AlignedBuffer {
 
 using BufferPtr = std::unique_ptr<AlignedBuffer>;
 
-// Blocks come back when a call ends and serve the next one. What a plan keeps while idle is bounded: a larger block is freed.
+// Blocks come back when a call ends and serve the next one, the smallest that is large enough. What a plan keeps while idle is
+// bounded: as many blocks as were in use at once, and none above a limit.
 class BufferPool {
  public:
   BufferPtr take(int64_t floats);

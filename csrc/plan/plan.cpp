@@ -98,6 +98,9 @@ class PlanBuilder {
   }
 
   void infer_sizes(const InputSpec& input, const std::vector<StepSpec>& steps, size_t first_linear) {
+    // Kernels count pixels and channels of one row in 32 bits.
+    to_offset(input.channels * input.w);
+    to_offset(input.h);
     sizes_.push_back({input.channels, input.h, input.w});
     conv_sizes_.resize(first_linear);
     for (size_t i = 0; i < first_linear; ++i) {

@@ -6,6 +6,14 @@
 // The sum of one output runs over k ascending in partial sums that depend on the layer only: its bits are the same for every tile
 // shape, batch size and thread count.
 
+// The contract of every loop below, checked in debug builds.
+static FASTSEQ_INLINE void check_job(const TileJob& job, int panel_lanes) {
+  assert(job.run_count > 0 && "a sum has at least one term");
+  assert(job.lanes > 0 && job.lanes <= panel_lanes && "lanes of one panel");
+  assert(reinterpret_cast<uintptr_t>(job.weight) % sizeof(Vec) == 0 && "panels are aligned to whole vectors");
+  (void)job, (void)panel_lanes;
+}
+
 template <int kRowsT, int kVec>
 static FASTSEQ_INLINE void accumulate(const TileJob& job, const int32_t* src_offset, Vec (&acc)[kRowsT][kVec]) {
   const float* src[kRowsT];
@@ -74,6 +82,7 @@ static FASTSEQ_INLINE void store_row(float* dst, const Vec (&row)[kVec], int lan
 // conv2d and linear: kRowsT rows x kVec vectors per tile.
 template <int kRowsT, int kVec>
 static void tile_loop(const TileJob& job, int64_t tiles) {
+  check_job(job, kVec * kLanes);
   const int32_t* src_offset = job.src_offset;
   const int32_t* dst_offset = job.dst_offset;
   const Vec lower = splat(job.lower);
@@ -96,6 +105,7 @@ static void tile_loop(const TileJob& job, int64_t tiles) {
 // those of pooling last, for a quarter of the work.
 template <int kWindows, int kVec>
 static void pool_tile_loop(const TileJob& job, int64_t tiles) {
+  check_job(job, kVec * kLanes);
   const int32_t* src_offset = job.src_offset;
   const int32_t* dst_offset = job.dst_offset;
   const Vec lower = splat(job.lower);
@@ -122,6 +132,7 @@ static void pool_tile_loop(const TileJob& job, int64_t tiles) {
 // fused multiply-add, and the weights stream from several places at once. The panels are job.panel_stride apart.
 template <int kRowsT, int kPanelsT, int kVec>
 static void row_tile_loop(const TileJob& job, int64_t tiles) {
+  check_job(job, kVec * kLanes);
   constexpr int kAll = kPanelsT * kVec;
   const int32_t* src_offset = job.src_offset;
   const int32_t* dst_offset = job.dst_offset;

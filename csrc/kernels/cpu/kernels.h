@@ -2,6 +2,7 @@
 // instruction set. Offsets and strides count elements (floats). A kernel call runs on one thread and allocates nothing.
 #pragma once
 
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <string>

@@ -35,27 +35,28 @@ static void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
     for (int64_t j = 0; j < cols_out; ++j) dst[j] = src[j];
     return;
   }
-  int64_t j = 0;
-  for (; j + 8 <= cols_out; j += 8) {
-    int64_t i = 0;
-    for (; i < rows_out; i += 8) {
-      const int64_t valid = rows_out - i < 8 ? rows_out - i : 8;
-      if (valid < 8 && !can_overread) break;
+  if (cols_out < 8 || (rows_out < 8 && !can_overread)) {
+    for (int64_t i = 0; i < rows_out; ++i)
+      for (int64_t j = 0; j < cols_out; ++j) dst[i * dst_stride + j] = src[j * src_stride + i];
+    return;
+  }
+  // The last block overlaps the one before instead of leaving a scalar tail; it writes the same values again.
+  for (int64_t jj = 0; jj < cols_out; jj += 8) {
+    const int64_t j = jj + 8 <= cols_out ? jj : cols_out - 8;
+    for (int64_t ii = 0; ii < rows_out; ii += 8) {
+      const int64_t i = can_overread || ii + 8 <= rows_out ? ii : rows_out - 8;
       Vec8 block[8];
 #pragma GCC unroll 8
       for (int n = 0; n < 8; ++n) block[n] = *reinterpret_cast<const Vec8U*>(src + (j + n) * src_stride + i);
       transpose_8x8(block);
       float* out = dst + i * dst_stride + j;
-      if (valid == 8) {
+      const int64_t valid = rows_out - i;
+      if (valid >= 8) {
 #pragma GCC unroll 8
         for (int n = 0; n < 8; ++n) *reinterpret_cast<Vec8U*>(out + n * dst_stride) = block[n];
       } else {
         for (int n = 0; n < valid; ++n) *reinterpret_cast<Vec8U*>(out + n * dst_stride) = block[n];
       }
     }
-    for (; i < rows_out; ++i)
-      for (int n = 0; n < 8; ++n) dst[i * dst_stride + j + n] = src[(j + n) * src_stride + i];
   }
-  for (; j < cols_out; ++j)
-    for (int64_t i = 0; i < rows_out; ++i) dst[i * dst_stride + j] = src[j * src_stride + i];
 }

@@ -10,6 +10,7 @@ static FASTSEQ_INLINE Vec load_channels(const float* p, int channels, bool can_o
 }
 
 static void pool_row(const PoolRowJob& job) {
+  assert(job.row_count >= 1 && job.w_out >= 1 && "no window is empty");
   const Vec lower = splat(job.lower);
   for (int32_t x = 0; x < job.w_out; ++x) {
     const int32_t first = x * job.stride_w - job.pad_w;
