@@ -47,29 +47,29 @@ class FusedSequential(nn.Sequential):
             for module in self:
                 input = module(input)
             return input
-        return self._forward(input)
+        return self._fastseq_forward(input)
 
     # Python names a function's qualified name in argument errors, and those are to read as eager's.
     forward.__qualname__ = "Sequential.forward"
 
     @torch.jit.unused
-    def _forward(self, input: Any) -> Any:
+    def _fastseq_forward(self, input: Any) -> Any:
         if is_compiling():
             return super().forward(input)
         compiled = self.__dict__.get(_COMPILED)
         if compiled is None:
-            compiled = self._compile()
+            compiled = self._fastseq_compile()
         if compiled is None:
             return super().forward(input)
         output = compiled.program.forward(self, input)
         if output.__class__ is compiled.refused and output == CHANGED:
-            compiled = self._compile()
+            compiled = self._fastseq_compile()
             if compiled is None:
                 return super().forward(input)
             output = compiled.program.forward(self, input)
         return super().forward(input) if output.__class__ is compiled.refused else output
 
-    def _compile(self) -> CompiledMatch | None:
+    def _fastseq_compile(self) -> CompiledMatch | None:
         """Match the layers as they are now. None if the native engine is unavailable or switched off."""
         before = self.__dict__.pop(_COMPILED, None)
         if not _native.native_available():

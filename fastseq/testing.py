@@ -258,7 +258,7 @@ class Reference:
 
     @classmethod
     def of(cls, model: nn.Module, x: Tensor) -> Reference:
-        """Runs copies of `model`, so that hooks and statistics leave no trace; what in-place layers do to `x` is undone.
+        """Runs copies of `model`, so that hooks and statistics leave no trace; in-place changes of `x` are undone.
 
         Eager runs on `x` itself: the strides of a view decide about those of the result, and a copy has others.
         """
