@@ -56,13 +56,13 @@ $(STAMPS)/build: $(STAMPS)/torch $(STAMPS)/build.wanted setup.py $(shell find cs
 	    sed -u -E 's@^(\[[0-9]+/[0-9]+\]) .* -c ([^ ]*/)?(csrc/[^ ]+) .*@\1 \3@'
 	@touch $@
 
-# fastseq editable, with optional dependencies; what was compiled above is used again.
+# fastseq editable, with optional dependencies; what was compiled above is used again. Torch is named to stay what it is.
 $(STAMPS)/install: EXTRAS := test,demo
 $(STAMPS)/bench: EXTRAS := bench
 $(STAMPS)/dev: EXTRAS := dev
 $(STAMPS)/install $(STAMPS)/bench $(STAMPS)/dev: pyproject.toml | $(STAMPS)/build
 	$(say) "venv: installing fastseq[$(EXTRAS)] into $(VENV)"
-	@$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
+	@$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]" "$(firstword $(TORCH))"
 	@touch $@
 
 venv: $(STAMPS)/torch ## the virtual environment with torch and the build tools

@@ -187,7 +187,8 @@ IMAGES = {"many": (2, 5, 9, 7), "one channel": (2, 1, 9, 7), "one image": (1, 5,
 @pytest.mark.parametrize("x_format, weight_format", list(product(["nchw", "nhwc"], repeat=2)))
 def test_result_has_eager_strides(shape: tuple[int, ...], c_out: int, x_format: str, weight_format: str) -> None:
     formats = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-    for kernel, layers in product((1, 3), ([], [nn.ReLU()], [nn.MaxPool2d(1)], [nn.Flatten()])):
+    behind = ([], [nn.ReLU()], [nn.ReLU(inplace=True)], [nn.MaxPool2d(1)], [nn.ReLU(), nn.MaxPool2d(1)], [nn.Flatten()])
+    for kernel, layers in product((1, 3), behind):
         conv = nn.Conv2d(shape[1], c_out, kernel, padding=kernel // 2)
         model = integer_model(conv, *layers).to(memory_format=formats[weight_format])
         x = integers(*shape).to(memory_format=formats[x_format])

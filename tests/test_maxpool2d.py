@@ -76,6 +76,8 @@ def test_exact(pool: Pool, ceil_mode: bool, order: Callable, isa: str, monkeypat
     use_kernels(monkeypatch, isa)
     sizes = [size for size in SIZES if fits(pool, size, ceil_mode)]
     assert len(sizes) >= 4
+    if isa != ISAS[0]:
+        sizes = sizes[-3:]  # where the windows lie is decided above the kernels
     for size, channels in zip(sizes, cycle((3, 17)), strict=False):
         conv = nn.Conv2d(channels, channels, 3, padding=1)
         model = integer_model(*order(conv, nn.MaxPool2d(*pool, ceil_mode=ceil_mode)))

@@ -34,7 +34,7 @@ each_network = pytest.mark.parametrize("case", SMALL + LARGE, ids=[case.name for
 
 
 @each_small
-@pytest.mark.parametrize("batch", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("batch", [1, 3, 33])
 def test_as_accurate_as_eager(case: ModelCase, batch: int) -> None:
     model, x = case.build(), case.example(batch)
     fused = fastseq.optimize(model)
