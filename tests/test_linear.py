@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers import (
@@ -13,7 +15,7 @@ from helpers import (
     run_fused,
     use_kernels,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import fastseq
 from fastseq.testing import assert_matches
@@ -105,7 +107,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=list(VIEWS))
-def test_views(view) -> None:  # noqa: ANN001
+def test_views(view: Callable[[Tensor], Tensor]) -> None:
     """Fused, or eager as non-contiguous inputs of more than two dimensions: the result and its strides are eager's."""
     x = view(integers(12, 12))
     for layers in ([], [nn.ReLU(), nn.Linear(17, 4)]):
@@ -120,7 +122,7 @@ def test_views(view) -> None:  # noqa: ANN001
 @pytest.mark.parametrize(
     "view", [lambda x: x.transpose(2, 3), lambda x: x[..., ::2], lambda x: x[:1].expand(4, -1, -1, -1)]
 )
-def test_flatten_of_views(view) -> None:  # noqa: ANN001
+def test_flatten_of_views(view: Callable[[Tensor], Tensor]) -> None:
     x = view(integers(3, 2, 4, 6))
     model = integer_model(nn.Flatten(), nn.Linear(x[0].numel(), 7))
     assert_exact(run_fused(model, x), model, x)
