@@ -297,17 +297,17 @@ def test_a_parameter_of_another_size() -> None:
     fast, x = fastseq.optimize(conv_net()), images()
     assert_fused(fast, x)
     for features in (3, 17, 10):
-        fast[5].weight = nn.Parameter(torch.randn(features, 200))
+        fast[5].weight = nn.Parameter(torch.randn(features, 200) / 14)
         fast[5].bias = nn.Parameter(torch.randn(features))
         assert assert_fused(fast, x).shape == (2, features)
     for kernel in (5, 1, 3):
-        fast[0].weight = nn.Parameter(torch.randn(4, 3, kernel, kernel))
+        fast[0].weight = nn.Parameter(torch.randn(4, 3, kernel, kernel) / kernel)
         fast[0].bias = nn.Parameter(torch.randn(4))
         features = 4 * ((13 - kernel) // 2) ** 2
-        fast[5].weight = nn.Parameter(torch.randn(10, features))
+        fast[5].weight = nn.Parameter(torch.randn(10, features) / features**0.5)
         assert_fused(fast, x)
-    fast[0].weight.data = torch.randn(4, 3, 5, 3)
-    fast[5].weight.data = torch.randn(10, 4 * 4 * 5)
+    fast[0].weight.data = torch.randn(4, 3, 5, 3) / 4
+    fast[5].weight.data = torch.randn(10, 4 * 4 * 5) / 9
     assert_fused(fast, x)
 
 

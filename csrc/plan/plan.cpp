@@ -16,7 +16,7 @@ constexpr int64_t kSplitWeightBytes = int64_t{1} << 20;
 // A block holds about this many pixels: enough to amortise the call, little enough to stay in L1.
 constexpr int64_t kBlockPixels = 192;
 // Longest chain of additions into one accumulator, and the shortest worth ending.
-constexpr int64_t kLongestSum = 512, kShortestPartialSum = 256;
+constexpr int64_t kLongestSum = 128, kShortestPartialSum = 64;
 // Elements behind a map: vector reads may run past its last pixel.
 constexpr int64_t kSlack = 16;
 // Images that a thread takes through convolutions and Linear together: two tiles of rows.
