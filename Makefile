@@ -7,7 +7,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
-export FASTSEQ_CUDA FASTSEQ_DEBUG
+export FASTSEQ_CUDA FASTSEQ_DEBUG TORCH_CUDA_ARCH_LIST
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -46,11 +46,12 @@ $(STAMPS)/torch: $(STAMPS)/torch.wanted
 	@touch $@
 
 $(STAMPS)/build.wanted: FORCE | $(PY)
-	$(call record,FASTSEQ_CUDA=$(FASTSEQ_CUDA) FASTSEQ_DEBUG=$(FASTSEQ_DEBUG) CXX=$(CXX) CXXFLAGS=$(CXXFLAGS))
+	$(call record,FASTSEQ_CUDA=$(FASTSEQ_CUDA) FASTSEQ_DEBUG=$(FASTSEQ_DEBUG) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST) CXX=$(CXX) CXXFLAGS=$(CXXFLAGS))
 
-# Directories are among the prerequisites too: their time changes when a file goes away. The sed keeps one short line per file.
+# Directories are among the prerequisites too: their time changes when a file goes away. The sed keeps one short line per
+# C++ file; those of .cu files are short already.
 EXTENSION := $(wildcard fastseq/_C.*.so)
-$(STAMPS)/build: $(STAMPS)/torch $(STAMPS)/build.wanted setup.py $(shell find csrc) $(if $(EXTENSION),,FORCE)
+$(STAMPS)/build: $(STAMPS)/torch $(STAMPS)/build.wanted setup.py $(shell find csrc -not -path '*/__pycache__*') $(if $(EXTENSION),,FORCE)
 	$(say) "build: compiling what changed in csrc/ (a few minutes from nothing, seconds otherwise)"
 	@$(PY) setup.py -q build_ext --inplace 2>&1 | \
 	    sed -u -E 's@^(\[[0-9]+/[0-9]+\]) .* -c ([^ ]*/)?(csrc/[^ ]+) .*@\1 \3@'
@@ -90,13 +91,13 @@ lint: build $(STAMPS)/dev ## ruff, mypy and clang-format, changing nothing
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' | xargs -r clang-format --dry-run -Werror
+	@git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r clang-format --dry-run -Werror
 
 format: $(STAMPS)/dev ## rewrite the sources in the project's format
 	$(say) "format: ruff, clang-format"
 	@$(PY) -m ruff check -q --fix .
 	@$(PY) -m ruff format -q .
-	@git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' | xargs -r clang-format -i
+	@git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r clang-format -i
 
 clean: ## remove what was built, keep the virtual environment
 	rm -rf build dist *.egg-info fastseq/_C.*.so $(STAMPS)/build $(STAMPS)/install

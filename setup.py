@@ -6,11 +6,13 @@ import os
 import runpy
 import sys
 from glob import glob
+from pathlib import Path
 from typing import Any
 
 from setuptools import setup
 
 ENV = runpy.run_path("fastseq/_env.py")  # the package itself imports torch, which may be absent here
+CUDA = runpy.run_path("csrc/build_cuda.py")
 
 # One binary for every CPU of an architecture: no -march here, the per-ISA files open their own target regions.
 CXX_FLAGS = ["-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
@@ -23,25 +25,34 @@ def say(text: str) -> None:
     print(f"fastseq build: {text}", file=sys.stderr, flush=True)
 
 
-def cuda_sources(cuda_home: str | None, torch_cuda: str | None) -> list[str]:
-    """The CUDA sources to build: none unless FASTSEQ_CUDA, the tree, nvcc and torch all agree."""
+def plan_cuda(is_debug: bool, torch_cuda: str | None) -> tuple[Any, str]:
+    """What FASTSEQ_CUDA and nvcc make possible: a plan of csrc/build_cuda.py and "", or None and the reason."""
     wanted = ENV["cuda"]()
-    sources = sorted(glob("csrc/kernels/cuda/*.cu"))
-    if wanted == "0":
-        reason = "FASTSEQ_CUDA=0"
-    elif not sources:
-        reason = "no CUDA kernels in this version"
-    elif torch_cuda is None:
-        reason = "the installed torch is built without CUDA"
-    elif cuda_home is None:
-        reason = "no nvcc found (set CUDA_HOME)"
-    else:
-        say(f"FASTSEQ_CUDA={wanted}: building CPU and CUDA {torch_cuda} kernels with {cuda_home}")
-        return sources
-    if wanted == "1":
-        sys.exit(f"fastseq build: FASTSEQ_CUDA=1, but {reason}")
-    say(f"{reason}; building CPU only")
-    return []
+    try:
+        plan, reason = CUDA["plan"](wanted, is_debug)
+    except CUDA["CannotBuild"] as error:
+        sys.exit(f"fastseq build: {error}")
+    if plan is None:
+        say(f"building CPU only: {reason}")
+        return None, reason
+    say(f"FASTSEQ_CUDA={wanted}: {plan.describe()}")
+    say("the CUDA kernels have not yet run on hardware; FASTSEQ_CUDA=0 leaves them out, TORCH_CUDA_ARCH_LIST restricts")
+    if torch_cuda is None:
+        say("the installed torch is built without CUDA; the same binary will use the kernels beside one with CUDA")
+    for warning in plan.warnings():
+        say(f"warning: {warning}")
+    return plan, ""
+
+
+def c_string(text: str) -> str:
+    return " ".join(text.split()).replace("\\", r"\\").replace('"', r"\"")
+
+
+def write_if_changed(path: str, text: str) -> None:
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
 
 
 def native() -> dict[str, Any]:
@@ -59,34 +70,47 @@ def native() -> dict[str, Any]:
         return {}
 
     debug = ENV["debug"]()
+    cuda, why_no_cuda = plan_cuda(debug, torch.version.cuda)
+    kind = "debug" if debug else "release"
+    # pip would build in a new directory each time; a fixed one makes every route incremental.
+    build_temp = f"build/{sys.implementation.cache_tag}-torch{torch.__version__}-{kind}"
 
     class BuildExtension(cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
-            # pip would build in a new directory each time; a fixed one makes every route incremental.
-            kind = "debug" if debug else "release"
-            self.build_temp = f"build/{sys.implementation.cache_tag}-torch{torch.__version__}-{kind}"
+            self.build_temp = build_temp
 
         def build_extensions(self) -> None:
+            # In a header and not among the flags, where a change would compile every file again.
+            version = f'#define FS_CUDA_VERSION "{cuda.nvcc.version if cuda else ""}"'
+            note = f'#define FS_CUDA_NOTE "{c_string(why_no_cuda)}"'
+            write_if_changed(f"{build_temp}/fs_cuda_build.h", f"#pragma once\n{version}\n{note}\n")
             try:
+                if cuda:
+                    extension.extra_objects = [str(path) for path in CUDA["compile_objects"](cuda)]
+                    extension.depends += extension.extra_objects
                 super().build_extensions()
+            except CUDA["CannotBuild"] as error:
+                sys.exit(f"fastseq build: FAILED: {error}. FASTSEQ_CUDA=0 builds without")
             except RuntimeError as error:  # ninja failed; a Python traceback would bury the compiler's message
                 sys.exit(f"fastseq build: FAILED, see the compiler's message above ({error})")
 
-    sources = [f for folder in ("bindings", "plan", "kernels/cpu") for f in sorted(glob(f"csrc/{folder}/*.cpp"))]
-    cuda = cuda_sources(cpp_extension.CUDA_HOME, torch.version.cuda)
-    make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    folders = ("bindings", "plan", "kernels/cpu", "kernels/cuda")
+    sources = [f for folder in folders for f in sorted(glob(f"csrc/{folder}/*.cpp"))]
+    if cuda:
+        sources.remove("csrc/kernels/cuda/no_engine.cpp")  # engine.cu has it
     # Torch's headers as system headers: -Wextra is meant for ours.
     cxx_flags = CXX_FLAGS + [f"-isystem{path}" for path in cpp_extension.include_paths()]
     cxx_flags += DEBUG_FLAGS if debug else RELEASE_FLAGS
-    say(f"torch {torch.__version__}, {'debug' if debug else 'release'}, {len(sources) + len(cuda)} files")
-    extension = make_extension(
+    say(f"torch {torch.__version__}, {kind}, {len(sources)} C++ files")
+    extension = cpp_extension.CppExtension(
         "fastseq._C",
-        sources + cuda,
-        include_dirs=[os.path.abspath("csrc")],  # ninja runs elsewhere
-        depends=sorted(glob("csrc/**/*.h", recursive=True)),  # for builds without ninja, which reads depfiles instead
-        extra_compile_args={"cxx": cxx_flags, "nvcc": ["-g"] if debug else []},
-        extra_link_args=["-fopenmp"],
+        sources,
+        include_dirs=[os.path.abspath("csrc"), os.path.abspath(build_temp)],  # ninja runs elsewhere
+        # For builds without ninja, which reads depfiles instead; and when to link again.
+        depends=sorted(glob("csrc/**/*.h", recursive=True)) + [f"{build_temp}/fs_cuda_build.h"],
+        extra_compile_args={"cxx": cxx_flags},
+        extra_link_args=["-fopenmp", *(CUDA["link_flags"](cuda) if cuda else [])],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 

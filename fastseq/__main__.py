@@ -46,6 +46,13 @@ def gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
+def cuda_kernels(build: dict[str, Any]) -> str:
+    """What build_info() says of the CUDA kernels."""
+    if not build.get("cuda"):
+        return f"none ({build.get('cuda_note') or 'no extension'})"
+    return f"for {build['cuda_architectures']}, built by nvcc {build['cuda']}; not yet run on hardware"
+
+
 def collect() -> dict[str, Any]:
     """Everything the report prints, as JSON-able data."""
     available = fastseq.native_available()
@@ -83,7 +90,8 @@ def render(info: dict[str, Any]) -> str:
         ("cpu", f"{info['cpu']}, {info['cores']} cores"),
         ("threads", str(info["threads"])),
         ("extension", info["extension"] or f"unusable, models run eager: {info['native_error']}"),
-        ("build", ", ".join(f"{key} {value}" for key, value in info["build"].items()) or "none"),
+        ("build", ", ".join(f"{key} {info['build'][key]}" for key in info["build"] if "cuda" not in key) or "none"),
+        ("cuda kernels", cuda_kernels(info["build"])),
         ("isa", info["isa"]),
         *((f"- {isa}", "this CPU runs it" if ok else "this CPU does not run it") for isa, ok in supported.items()),
         ("openmp", f"{len(info['openmp'])} mapped: {', '.join(info['openmp']) or 'none'}"),

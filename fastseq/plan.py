@@ -19,18 +19,25 @@ def watch(layer: nn.Module, is_fused: bool = True) -> Any:
     return _native.module().ModuleWatch(layer, list(ATTRIBUTES.get(kind, ())), list(parameters))
 
 
-def native_run(segment: NativeSegment) -> Any:
-    """The native run of a segment. It keeps no weights until its first call."""
-    watches: list[Any] = []
+def native_steps(segment: NativeSegment) -> tuple[list[dict[str, Any]], list[nn.Module]]:
+    """The steps as the engine takes them, and the modules that their "layer" counts."""
+    layers: list[Any] = []
     index: dict[int, int] = {}
     for leaf in segment.leaves:
         if id(leaf.layer) not in index:
-            index[id(leaf.layer)] = len(watches)
-            watches.append(watch(leaf.layer))
+            index[id(leaf.layer)] = len(layers)
+            layers.append(leaf.layer)
     steps = []
     for step in segment.steps:
         holder = step.native["layer"]
         steps.append({**step.native, "layer": None if holder is None else index[id(holder)]})
+    return steps, layers
+
+
+def native_run(segment: NativeSegment) -> Any:
+    """The native run of a segment. It keeps no weights until its first call."""
+    steps, layers = native_steps(segment)
+    watches = [watch(layer) for layer in layers]
     return _native.module().NativeRun(
         steps,
         watches,
@@ -38,6 +45,7 @@ def native_run(segment: NativeSegment) -> Any:
         segment.flattens_output,
         isa=_env.isa_cap() or "",
         kernel=_env.preferred_kernel() or "",
+        checks=_env.check(),
     )
 
 

@@ -44,7 +44,9 @@ class Report:
                     continue
                 for i, step in enumerate(segment["steps"]):
                     mark = "  " if i == 0 else "  + "
-                    rows.append((mark + " ".join(step["layers"]), step["name"], step["kernel"], step["output"], ""))
+                    rows.append(
+                        (mark + " ".join(step["layers"]), step["name"], step["kernel"], step["output"], step["note"])
+                    )
         if len(rows) == 1:
             lines.append("the model holds no nn.Sequential: nothing to fuse")
         else:
@@ -130,6 +132,7 @@ def _segments(found: Match, compiled: CompiledMatch | None) -> Iterator[dict[str
                 "output": made.get("output", ""),
                 "flops": made.get("flops"),
                 "packed_bytes": made.get("packed_bytes"),
+                "note": made.get("note", ""),
             }
             for step, made in zip(segment.steps, native, strict=True)
         ]

@@ -79,8 +79,9 @@ def test_debugging_page_lists_the_table() -> None:
 def test_no_variable_outside_the_table() -> None:
     """Whatever code, pages and the Makefile call FASTSEQ_something is in the table, or a C++ macro."""
     files = [ROOT / "Makefile", ROOT / "setup.py", *ROOT.glob("*.md")]
+    suffixes = (".py", ".md", ".cpp", ".h", ".cu", ".cuh")
     for folder in ("fastseq", "csrc", "docs", "benchmarks", "examples"):
-        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".cpp", ".h", ".cu")]
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
     text = "\n".join(path.read_text() for path in files)
     macros = set(re.findall(r"#define (FASTSEQ_\w+)", text))
     assert set(re.findall(r"\bFASTSEQ_[A-Z]\w*", text)) - macros == set(NAMES)

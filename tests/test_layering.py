@@ -23,6 +23,7 @@ LEVELS = {
     "matcher": 3,
     "plan": 4,
     "sequential": 5,
+    "cuda": 6,
     "optimize": 6,
     "reference": 6,
     "report": 7,
@@ -33,6 +34,9 @@ LEVELS = {
 CPP_LEVELS = {"kernels": 0, "plan": 1, "bindings": 2}
 INCLUDE = re.compile(r'^\s*#\s*include\s*(["<])([^">]+)', re.MULTILINE)
 TORCH_HEADER = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
+# What takes the place of a GPU in the tests, and the only files that may include it.
+EMULATION = ROOT / "tests/emulation"
+EMULATED = {"launch.h", "ptx_emulated.inl.h"}
 
 
 def unit(path: Path) -> str:
@@ -106,9 +110,22 @@ def test_includes_go_down(path: Path) -> None:
     for is_quoted, name in includes(path):
         if level != "bindings":
             assert not TORCH_HEADER.match(name), f"{relative(path)} includes {name}: only csrc/bindings knows torch"
+        if is_quoted and path.name in EMULATED and (EMULATION / name).is_file():
+            continue
         if is_quoted:
             assert (CSRC / name).is_file(), f"{relative(path)}: write {name} as a path below csrc/"
             assert CPP_LEVELS[name.split("/")[0]] <= CPP_LEVELS[level], f"{relative(path)} includes {name}, above it"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent == CSRC / "kernels/cuda"], ids=relative)
+def test_cuda_kernels_include_only_their_own_headers(path: Path) -> None:
+    """So that the grid of the tests compiles them too. The standard library is for host code."""
+    for is_quoted, name in includes(path):
+        if is_quoted:
+            is_ours = name.startswith("kernels/cuda/") or (path.name in EMULATED and (EMULATION / name).is_file())
+        else:
+            is_ours = re.fullmatch(r"\w+", name) is not None or (path.name, name) == ("launch.h", "cuda_runtime.h")
+        assert is_ours, f"{relative(path)} includes {name}, which is not one of csrc/kernels/cuda"
 
 
 @pytest.mark.parametrize("path", sorted(CSRC.rglob("isa_*.cpp")), ids=relative)
@@ -118,7 +135,8 @@ def test_target_region_includes_only_templates(path: Path) -> None:
     if not pragma:
         return
     inside = {path: [name for _, name in INCLUDE.findall(region)]}
-    inside |= {template: [name for _, name in includes(template)] for template in (CSRC / "kernels").rglob("*.inl.h")}
+    templates = (CSRC / "kernels/cpu").rglob("*.inl.h")
+    inside |= {template: [name for _, name in includes(template)] for template in templates}
     for file, names in inside.items():
         for name in names:
             assert name.endswith(".inl.h"), f"{relative(file)} includes {name} inside a target region"

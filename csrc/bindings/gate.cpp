@@ -4,46 +4,86 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <set>
+
+#include "kernels/cuda/kernels.h"
+
 namespace fastseq {
 namespace {
 
-// What the dispatcher would see of a plain CPU tensor outside every transform. One test of all other bits replaces a list of checks
+constexpr c10::DispatchKeySet plain_keys(c10::DispatchKey backend, c10::DispatchKey autograd) {
+  return c10::DispatchKeySet({backend, c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView, autograd});
+}
+
+// What the dispatcher would see of a plain tensor outside every transform. One test of all other bits replaces a list of checks
 // and cannot miss a mode that a later torch adds: functorch, FakeTensor, autocast, tracing, neg and conj bits, sparse, nested,
 // quantized, mkldnn.
-bool has_only_plain_keys(c10::DispatchKeySet keys) {
-  static const uint64_t plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::BackendSelect,
-                                                     c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU})
-                                    .raw_repr();
+bool has_only_plain_keys(c10::DispatchKeySet keys, c10::DeviceType device) {
+  static const uint64_t cpu = plain_keys(c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU).raw_repr();
+  static const uint64_t cuda = plain_keys(c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA).raw_repr();
   const auto local = c10::impl::tls_local_dispatch_key_set();
   const c10::DispatchKeySet effective = (keys | local.included_) - local.excluded_;
-  return (effective.raw_repr() & ~plain) == 0;
+  return (effective.raw_repr() & ~(device == c10::DeviceType::CUDA ? cuda : cpu)) == 0;
 }
+
+// Storage that was resized to nothing, as sharding does between uses, leaves the sizes as they were.
+bool has_lost_storage(const at::Tensor& tensor) { return tensor.numel() > 0 && !tensor.const_data_ptr(); }
+
+// Forward-mode tangents flow even under no_grad. Only tensors with autograd metadata can have one.
+bool has_tangent(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->autograd_meta() && tensor._fw_grad(/*level=*/0).defined();
+}
+
+constexpr Reason kTangent = "forward-mode differentiation is active";
 
 }  // namespace
 
+Reason lasting(const std::string& text) {
+  static auto* const texts = new std::set<std::string>;
+  return texts->insert(text).first->c_str();
+}
+
+Backend backend_of(const at::Tensor& input) {
+  static const bool is_emulated = cuda::engine() && cuda::engine()->is_emulated;
+  return is_emulated || input.is_cuda() ? Backend::kCuda : Backend::kCpu;
+}
+
 const at::Tensor* exact_tensor(PyObject* object) { return THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr; }
 
-Reason active_mode() {
+Reason active_mode(c10::DeviceType device) {
   if (at::impl::torch_function_mode_enabled()) return "a torch function mode is active";
-  if (!c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutocastCPU)) return "autocast is active";
-  if (!has_only_plain_keys(c10::DispatchKeySet())) return "a dispatch mode, transform or tracing is active";
+  const auto autocast = device == c10::DeviceType::CUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
+  if (!c10::impl::tls_is_dispatch_key_excluded(autocast)) return "autocast is active";
+  if (!has_only_plain_keys(c10::DispatchKeySet(), device)) return "a dispatch mode, transform or tracing is active";
   return nullptr;
 }
 
-Reason refuse_tensor(const at::Tensor& tensor, bool is_parameter) {
-  if (!tensor.defined()) return "undefined tensor";
-  if (!tensor.device().is_cpu()) return is_parameter ? "a parameter is not on the CPU" : "the input is not on the CPU";
-  if (!has_only_plain_keys(tensor.key_set()))
-    return is_parameter ? "a parameter is not a plain dense tensor" : "the input is not a plain dense tensor";
-  if (tensor.scalar_type() != at::kFloat)
-    return is_parameter ? "a parameter is not float32; fused kernels take float32"
-                        : "the input is not float32; fused kernels take float32";
-  // Storage that was resized to nothing, as sharding does between uses, leaves the sizes as they were.
-  if (tensor.numel() > 0 && !tensor.const_data_ptr())
-    return is_parameter ? "a parameter has no storage" : "the input has no storage";
-  // Forward-mode tangents flow even under no_grad. Only tensors with autograd metadata can have one.
-  if (tensor.unsafeGetTensorImpl()->autograd_meta() && tensor._fw_grad(/*level=*/0).defined())
-    return "forward-mode differentiation is active";
+Reason refuse_input(const at::Tensor& input, Backend backend) {
+  if (!input.defined()) return "undefined tensor";
+  if (!input.is_cpu() && !input.is_cuda()) return "the input is not on the CPU or a CUDA device";
+  if (!has_only_plain_keys(input.key_set(), input.device().type())) return "the input is not a plain dense tensor";
+  const at::ScalarType dtype = input.scalar_type();
+  if (backend == Backend::kCpu) {
+    if (dtype != at::kFloat) return "the input is not float32; fused kernels take float32";
+  } else {
+    if (!cuda::engine()) return "this build of fastseq has no CUDA kernels";
+    if (dtype != at::kFloat && dtype != at::kHalf && dtype != at::kBFloat16)
+      return "the input is not float32, float16 or bfloat16; fused CUDA kernels take those";
+  }
+  if (has_lost_storage(input)) return "the input has no storage";
+  if (has_tangent(input)) return kTangent;
+  return nullptr;
+}
+
+Reason refuse_parameter(const at::Tensor& parameter, const at::Tensor& input) {
+  if (!parameter.defined()) return "undefined tensor";
+  if (parameter.device() != input.device()) return "a parameter is on another device than the input";
+  if (!has_only_plain_keys(parameter.key_set(), parameter.device().type())) return "a parameter is not a plain dense tensor";
+  if (parameter.scalar_type() != input.scalar_type())
+    return input.scalar_type() == at::kFloat ? "a parameter is not float32, as the input is"
+                                             : "a parameter has another dtype than the input";
+  if (has_lost_storage(parameter)) return "a parameter has no storage";
+  if (has_tangent(parameter)) return kTangent;
   return nullptr;
 }
 

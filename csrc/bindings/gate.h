@@ -9,14 +9,24 @@ namespace fastseq {
 // Reasons are static strings: they are counted, compared and shown.
 using Reason = const char*;
 
+// Reasons must outlive the call that gives them: they are counted by pointer and shown later. There are few different ones.
+Reason lasting(const std::string& text);
+
+// The engine that a call's tensors must be for. The CUDA engine takes float32, float16 and bfloat16 tensors of one CUDA device, and
+// of the CPU where it is the emulated one of the tests; the CPU engine takes float32 on the CPU.
+enum class Backend { kCpu, kCuda };
+Backend backend_of(const at::Tensor& input);
+
 // The tensor behind a torch.Tensor or Parameter, or null for anything else: subclasses, proxies and non-tensors go to eager.
 const at::Tensor* exact_tensor(PyObject* object);
 
 // A mode that must see every operation: __torch_function__ modes, tracing, autocast, functorch, dispatch modes.
-Reason active_mode();
+Reason active_mode(c10::DeviceType device);
 
-// Null if `tensor` is a plain dense float32 CPU tensor on which no transform is at work.
-Reason refuse_tensor(const at::Tensor& tensor, bool is_parameter);
+// Null if `input` is a plain dense tensor that the backend takes, on which no transform is at work.
+Reason refuse_input(const at::Tensor& input, Backend backend);
+// The same of a layer's parameter, which must also have the input's device and dtype.
+Reason refuse_parameter(const at::Tensor& parameter, const at::Tensor& input);
 
 // The number of in-place changes, or 0 for an inference tensor, which keeps none.
 uint32_t version_of(const at::Tensor& tensor);

@@ -5,58 +5,23 @@
 
 #include <chrono>
 
+#include "bindings/from_python.h"
 #include "bindings/native_run.h"
 #include "bindings/program.h"
 #include "bindings/watch.h"
+#include "kernels/cuda/kernels.h"
+
+#include <fs_cuda_build.h>  // written by setup.py
 
 namespace fastseq {
 namespace {
 
-Window window_from(const py::dict& d) {
-  Window window;
-  const auto pair = [&](const char* name) { return d[name].cast<std::pair<int64_t, int64_t>>(); };
-  if (d.contains("kernel_size")) std::tie(window.k_h, window.k_w) = pair("kernel_size");
-  std::tie(window.stride_h, window.stride_w) = pair("stride");
-  std::tie(window.pad_top, window.pad_left) = pair("padding");
-  window.pad_bottom = window.pad_top, window.pad_right = window.pad_left;
-  if (d.contains("ceil_mode")) window.ceil_mode = d["ceil_mode"].cast<bool>();
-  return window;
-}
-
-StepSource step_from(const py::dict& d) {
-  StepSource step;
-  const auto op = d["op"].cast<std::string>();
-  step.spec.name = d["name"].cast<std::string>();
-  step.spec.op = op == "conv2d" ? Op::kConv2d : op == "maxpool2d" ? Op::kMaxPool2d : Op::kLinear;
-  step.spec.has_relu = d["relu"].cast<bool>();
-  step.spec.relu_is_in_place = d["relu_in_place"].cast<bool>();
-  if (step.spec.op == Op::kConv2d) {
-    const py::dict conv = d["conv"];
-    step.spec.conv = window_from(conv);
-    step.pads_same = conv["same"].cast<bool>();
-  }
-  if (!d["pool"].is_none()) {
-    step.spec.pool = window_from(d["pool"]);
-    step.spec.has_pool = step.spec.op == Op::kConv2d;
-    step.spec.pools_before_relu = d["relu_after_pool"].cast<bool>();
-  }
-  if (!d["layer"].is_none()) step.layer = d["layer"].cast<int>();
-  return step;
-}
-
 py::object describe(const NativeRun& run) {
-  const PlanPtr plan = run.last_plan();
+  const auto plan = run.describe_last_plan();
   if (!plan) return py::none();
-  py::list steps;
-  for (const StepInfo& info : plan->describe()) {
-    py::dict d;
-    d["name"] = info.name, d["kernel"] = info.kernel, d["output"] = info.output;
-    d["flops"] = info.flops, d["packed_bytes"] = info.packed_bytes;
-    steps.append(d);
-  }
   py::dict result;
-  result["steps"] = steps;
-  result["scratch_bytes"] = plan->scratch_bytes();
+  result["steps"] = describe_steps(plan->steps);
+  result["scratch_bytes"] = plan->scratch_bytes;
   return result;
 }
 
@@ -98,6 +63,10 @@ py::dict build_info() {
 #else
   info["asserts"] = true;
 #endif
+  const cuda::Engine* engine = cuda::engine();
+  info["cuda"] = FS_CUDA_VERSION;    // nvcc's, or ""
+  info["cuda_note"] = FS_CUDA_NOTE;  // why there are no CUDA kernels, or ""
+  info["cuda_architectures"] = engine ? engine->architectures : "";
   return info;
 }
 
@@ -115,6 +84,12 @@ PYBIND11_MODULE(_C, m) {
         return set ? std::string(set->isa) : std::string();
       },
       py::arg("cap") = "", "The instruction set that a run would use, '' if `cap` names none.");
+  m.def("cuda_kernels", cuda_kernels, "The compiled CUDA kernels, best first within a family; none in a build without CUDA.");
+  m.def("plan_cuda", plan_cuda, py::arg("steps"), py::arg("weights"), py::arg("biases"), py::arg("input"),
+        py::arg("flattens_input"), py::arg("flattens_output"), py::arg("device"), py::arg("allows_tf32_conv") = true,
+        py::arg("allows_tf32_linear") = false, py::arg("allows_cudnn") = true, py::arg("trusts_cudnn_relu") = true,
+        py::arg("allows_cublas") = true, py::arg("kernel") = "",
+        "The launches of a run on a CUDA device that need not be there. weights, biases, input: tensors of any device.");
   m.def("fma_peak", fma_peak, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 
   py::class_<ModuleWatch, std::shared_ptr<ModuleWatch>>(m, "ModuleWatch")
@@ -124,14 +99,14 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<NativeRun, std::shared_ptr<NativeRun>>(m, "NativeRun")
       .def(py::init([](const std::vector<py::dict>& steps, std::vector<std::shared_ptr<ModuleWatch>> watches, bool flattens_input,
-                       bool flattens_output, const std::string& isa, const std::string& kernel) {
+                       bool flattens_output, const std::string& isa, const std::string& kernel, bool checks) {
              std::vector<StepSource> sources;
              for (const py::dict& step : steps) sources.push_back(step_from(step));
-             return std::make_shared<NativeRun>(std::move(sources), std::move(watches), flattens_input, flattens_output, isa,
-                                                kernel);
+             return std::make_shared<NativeRun>(std::move(sources), std::move(watches), flattens_input, flattens_output,
+                                                RunOptions{isa, kernel, checks});
            }),
            py::arg("steps"), py::arg("watches"), py::arg("flattens_input"), py::arg("flattens_output"), py::arg("isa") = "",
-           py::arg("kernel") = "")
+           py::arg("kernel") = "", py::arg("checks") = false)
       .def("describe", describe, "The plan of the last call, or None.")
       .def("forget_last_plan", &NativeRun::forget_last_plan)
       .def("plans_made", &NativeRun::plans_made)

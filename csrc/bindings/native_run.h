@@ -1,44 +1,38 @@
-// A native run: consecutive fused steps behind one call. Keeps a few plans, by input signature, and sees that their packed weights
-// are those of the layers at every call.
+// A native run: consecutive fused steps behind one call, on whichever engine the input is for.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "bindings/cpu_run.h"
+#include "bindings/cuda_run.h"
+#include "bindings/parameters.h"
+#include "bindings/run_input.h"
 #include "bindings/watch.h"
-#include "plan/plan.h"
 
 namespace fastseq {
-
-struct StepSource {
-  StepSpec spec;           // all but the weights
-  int layer = -1;          // index of the watch that holds weight and bias
-  bool pads_same = false;  // padding='same': from the weight's size at call time
-};
-
-// A parameter as the packed copy was made from it. The object is kept, so that its address means it; its tensor is not, since a
-// second reference to that would stop torch.utils.swap_tensors, which load_state_dict and .to() may use.
-struct ParameterState {
-  py::object object;
-  const void* tensor = nullptr;  // the TensorImpl
-  const void* data = nullptr;
-  uint32_t version = 0;
-  uint64_t fingerprint = 0;
-  std::vector<int64_t> sizes, strides;
-};
 
 struct Outcome {
   at::Tensor value;
   Reason reason = nullptr;
 };
 
+// How plans are made and run: what FASTSEQ_ISA, FASTSEQ_KERNEL and FASTSEQ_CHECK ask for.
+struct RunOptions {
+  std::string isa_cap, forced_kernel;
+  bool checks = false;
+};
+
 class NativeRun {
  public:
   NativeRun(std::vector<StepSource> steps, std::vector<std::shared_ptr<ModuleWatch>> watches, bool flattens_input,
-            bool flattens_output, const std::string& isa_cap, const std::string& forced_kernel);
+            bool flattens_output, const RunOptions& options);
+  NativeRun(const NativeRun&) = delete;
+  NativeRun& operator=(const NativeRun&) = delete;
 
   // The run's result, or the reason why eager must compute it. Needs the GIL; releases it while the kernels work.
   Outcome call(PyObject* input);
@@ -49,45 +43,26 @@ class NativeRun {
   // Forget packed weights and plans.
   void refresh();
 
-  PlanPtr last_plan() const { return last_plan_; }
-  int64_t plans_made() const { return plans_made_; }
-  void forget_last_plan() { last_plan_.reset(); }
-  int64_t packed_bytes() const;
+  // The plan of the last call: its steps, and scratch in bytes; nothing before the first.
+  struct Description {
+    std::vector<StepInfo> steps;
+    int64_t scratch_bytes = 0;
+  };
+  std::optional<Description> describe_last_plan() const;
+  int64_t plans_made() const { return cpu_.plans_made() + cuda_.plans_made(); }
+  void forget_last_plan() { cpu_.forget_last_plan(), cuda_.forget_last_plan(); }
+  int64_t packed_bytes() const { return cpu_.packed_bytes() + cuda_.packed_bytes(); }
 
   // For the garbage collector: the references held here.
   int traverse(visitproc visit, void* arg) const;
 
  private:
-  struct Signature {
-    bool is_spatial = false, is_nhwc = false;
-    int64_t channels = 0, h = 0, w = 0, features = 0;
-    bool operator==(const Signature& o) const {
-      return is_spatial == o.is_spatial && is_nhwc == o.is_nhwc && channels == o.channels && h == o.h && w == o.w &&
-             features == o.features;
-    }
-  };
-  struct Entry {
-    Signature signature;
-    PlanPtr plan;
-    bool output_is_nhwc;
-  };
-
-  Reason check_parameters(bool records_grad);
-  bool is_fresh(const ParameterState& state, PyObject* object) const;
-  Reason adopt(ParameterState& state, PyObject* object, bool is_required);
-  const Entry& plan_for(const Signature& signature);
-  uint64_t fingerprint(const at::Tensor& tensor) const;
-
-  std::vector<StepSource> steps_;
-  std::vector<std::shared_ptr<ModuleWatch>> watches_;
-  bool flattens_input_, flattens_output_;
-  const cpu::KernelSet* kernels_;
-  std::string forced_kernel_;
-  std::vector<ParameterState> parameters_;  // weight and bias of each step that has them, in order
-  PackCache packed_;
-  std::vector<Entry> plans_;  // most recent first
-  PlanPtr last_plan_;
-  int64_t plans_made_ = 0;
+  const std::vector<StepSource> steps_;
+  const std::vector<std::shared_ptr<ModuleWatch>> watches_;
+  const RunShape shape_;
+  Parameters parameters_;
+  CpuRun cpu_;
+  CudaRun cuda_;
 };
 
 }  // namespace fastseq

@@ -60,12 +60,6 @@ std::vector<cpu::Run> make_runs(const std::vector<int64_t>& taps, int64_t length
   return runs;
 }
 
-std::string shape_text(const std::vector<int64_t>& sizes) {
-  std::string text;
-  for (int64_t size : sizes) text += (text.empty() ? "" : "x") + std::to_string(size);
-  return text;
-}
-
 }  // namespace
 
 class PlanBuilder {
@@ -378,9 +372,9 @@ std::vector<StepInfo> Plan::describe() const {
   std::vector<StepInfo> infos;
   for (const SpatialStep& step : spatial_)
     infos.push_back({step.name, step.kernel, shape_text({step.dst.channels, step.dst.h, step.dst.w}), step.flops,
-                     step.weights ? step.weights->bytes() : 0});
+                     step.weights ? step.weights->bytes() : 0, ""});
   for (const LinearStep& step : linear_)
-    infos.push_back({step.name, step.kernel, shape_text({step.n}), step.flops, step.weights->bytes()});
+    infos.push_back({step.name, step.kernel, shape_text({step.n}), step.flops, step.weights->bytes(), ""});
   return infos;
 }
 

@@ -65,12 +65,6 @@ struct LinearStep {
   double flops = 0;
 };
 
-struct StepInfo {
-  std::string name, kernel, output;
-  double flops;  // per image or row
-  int64_t packed_bytes;
-};
-
 class Plan {
  public:
   // Throws Refusal where eager would raise or the sizes do not fit, std::bad_alloc when out of memory.

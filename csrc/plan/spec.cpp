@@ -2,6 +2,12 @@
 
 namespace fastseq {
 
+std::string shape_text(const std::vector<int64_t>& sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "" : "x") + std::to_string(size);
+  return text;
+}
+
 int64_t conv_size(int64_t in, int64_t k, int64_t stride, int64_t pad_before, int64_t pad_after) {
   if (k < 1 || stride < 1 || pad_before < 0 || pad_after < 0) throw Refusal("conv2d has a kernel, stride or padding eager rejects");
   if (in < 1 || in + pad_before + pad_after < k) throw Refusal("conv2d kernel is larger than the padded input");

@@ -52,6 +52,16 @@ struct OutputSpec {
   int64_t features = 0;
 };
 
+// What became of a step, for the report.
+struct StepInfo {
+  std::string name, kernel, output;
+  double flops = 0;  // per image or row
+  int64_t packed_bytes = 0;
+  std::string note;  // why this kernel, where that is not plain
+};
+
+std::string shape_text(const std::vector<int64_t>& sizes);  // 64x10x10
+
 // eager's output sizes; Refusal where eager raises.
 int64_t conv_size(int64_t in, int64_t k, int64_t stride, int64_t pad_before, int64_t pad_after);
 int64_t pool_size(int64_t in, int64_t k, int64_t stride, int64_t pad, bool ceil_mode);

@@ -1,0 +1,104 @@
+#include "bindings/cpu_run.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/record_function.h>
+
+#include <algorithm>
+
+namespace fastseq {
+namespace {
+
+constexpr size_t kMostPlans = 8;
+// Weights up to this size are read whole to see whether they changed; of larger ones a sample of cache lines.
+constexpr int64_t kExactFloats = 16 * 1024;
+constexpr int64_t kSampleLines = 64, kLineFloats = 16;
+
+}  // namespace
+
+CpuRun::CpuRun(const std::vector<StepSource>& steps, RunShape shape, const std::string& isa_cap, std::string forced_kernel)
+    : steps_(steps), shape_(shape), kernels_(cpu::select_isa(isa_cap)), forced_kernel_(std::move(forced_kernel)) {
+  if (!kernels_) throw std::invalid_argument("no kernels for ISA '" + isa_cap + "' on this machine");
+}
+
+void CpuRun::forget_plans() {
+  plans_.clear();
+  packed_.clear();
+}
+
+void CpuRun::forget() {
+  forget_plans();
+  last_plan_.reset();
+}
+
+int64_t CpuRun::packed_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& [key, packed] : packed_) bytes += packed->bytes();
+  return bytes;
+}
+
+uint64_t CpuRun::fingerprint(const at::Tensor& tensor) const {
+  const float* data = static_cast<const float*>(tensor.const_data_ptr());
+  const int64_t count = tensor.numel();  // dense in some order of its dimensions, so exactly this stretch of memory
+  if (count <= kExactFloats) return kernels_->fingerprint(data, count, 0);
+  uint64_t hash = 0;
+  for (int64_t i = 0; i < kSampleLines; ++i) {
+    const int64_t at = (count - kLineFloats) * i / (kSampleLines - 1);
+    hash = kernels_->fingerprint(data + at, kLineFloats, hash);
+  }
+  return hash;
+}
+
+const CpuRun::Entry& CpuRun::plan_for(const Signature& signature, const Parameters& parameters) {
+  for (size_t i = 0; i < plans_.size(); ++i) {
+    if (!(plans_[i].signature == signature)) continue;
+    if (i > 0)
+      std::rotate(plans_.begin(), plans_.begin() + static_cast<std::ptrdiff_t>(i),
+                  plans_.begin() + static_cast<std::ptrdiff_t>(i) + 1);
+    return plans_.front();
+  }
+  // Contiguous copies live until the weights are packed.
+  std::vector<at::Tensor> weights = parameters.weights(), biases = parameters.biases();
+  SizedSteps sized = size_steps(steps_, weights, biases, signature);
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    if (!weights[i].defined()) continue;
+    weights[i] = weights[i].contiguous();
+    sized.specs[i].weight = static_cast<const float*>(weights[i].const_data_ptr());
+    if (!biases[i].defined()) continue;
+    biases[i] = biases[i].contiguous();
+    sized.specs[i].bias = static_cast<const float*>(biases[i].const_data_ptr());
+  }
+  PlanOptions options;
+  options.kernels = kernels_;
+  options.forced_kernel = forced_kernel_;
+  options.output_is_nhwc = sized.output_is_nhwc && !shape_.flattens_output;
+  Entry entry{signature, Plan::build(signature.input_spec(), sized.specs, options, packed_), options.output_is_nhwc};
+  plans_.insert(plans_.begin(), std::move(entry));
+  ++plans_made_;
+  if (plans_.size() > kMostPlans) plans_.pop_back();
+  return plans_.front();
+}
+
+at::Tensor CpuRun::call(const at::Tensor& input, const InputView& view, const Parameters& parameters) {
+  const Entry& entry = plan_for(view.signature, parameters);
+  const PlanPtr plan = entry.plan;
+  const OutputSpec& output = plan->output();
+  check_unbatched(view, shape_, output, entry.output_is_nhwc);
+
+  const at::MemoryFormat format = view.signature.format();
+  const at::Tensor src = input.is_contiguous(format) ? input : input.contiguous(format);
+  std::optional<at::MemoryFormat> out_format;
+  if (entry.output_is_nhwc && output.is_spatial) out_format = at::MemoryFormat::ChannelsLast;
+  at::Tensor dst = at::detail::empty_cpu(output_sizes(input, view, shape_, output), at::kFloat, /*pin_memory=*/false, out_format);
+
+  last_plan_ = plan;
+  {
+    py::gil_scoped_release release;
+    RECORD_FUNCTION("fastseq::run", std::vector<c10::IValue>({src}));
+    plan->run(static_cast<const float*>(src.const_data_ptr()), static_cast<float*>(dst.mutable_data_ptr()), view.batch,
+              at::get_num_threads());
+  }
+  return dst;
+}
+
+}  // namespace fastseq

@@ -1,0 +1,50 @@
+// A native run on the CPU engine: a few plans, by input signature, with their packed weights.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "bindings/parameters.h"
+#include "bindings/run_input.h"
+#include "plan/plan.h"
+
+namespace fastseq {
+
+class CpuRun {
+ public:
+  CpuRun(const std::vector<StepSource>& steps, RunShape shape, const std::string& isa_cap, std::string forced_kernel);
+
+  // The result of a call whose input and parameters passed the gate. Throws Refusal. Releases the GIL while the kernels work.
+  at::Tensor call(const at::Tensor& input, const InputView& view, const Parameters& parameters);
+
+  uint64_t fingerprint(const at::Tensor& tensor) const;
+  void forget_plans();  // and packed weights
+  void forget();        // and what was run last
+
+  PlanPtr last_plan() const { return last_plan_; }
+  void forget_last_plan() { last_plan_.reset(); }
+  int64_t plans_made() const { return plans_made_; }
+  int64_t packed_bytes() const;
+
+ private:
+  struct Entry {
+    Signature signature;
+    PlanPtr plan;
+    bool output_is_nhwc;
+  };
+
+  const Entry& plan_for(const Signature& signature, const Parameters& parameters);
+
+  const std::vector<StepSource>& steps_;
+  const RunShape shape_;
+  const cpu::KernelSet* kernels_;
+  const std::string forced_kernel_;
+  PackCache packed_;
+  std::vector<Entry> plans_;  // most recent first
+  PlanPtr last_plan_;
+  int64_t plans_made_ = 0;
+};
+
+}  // namespace fastseq

@@ -1,0 +1,149 @@
+#include "bindings/cuda_library.h"
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_addmm_activation.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/cudnn_convolution.h>
+#include <ATen/ops/cudnn_convolution_relu.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/isnan.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/relu.h>
+#include <c10/core/Allocator.h>
+
+#include <array>
+#include <limits>
+#include <mutex>
+#include <optional>
+
+// In libtorch_cuda, of the stable C interface; weak, so that one binary loads beside a torch without CUDA.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace fastseq {
+namespace {
+
+constexpr int kMostDevices = 64;
+
+// One value a device, made once.
+template <typename T>
+class PerDevice {
+ public:
+  // make() gives the value, or nothing if it cannot tell yet.
+  template <typename Make>
+  std::optional<T> get(c10::Device device, const Make& make) {
+    const size_t index = device.has_index() && device.index() < kMostDevices ? static_cast<size_t>(device.index()) : 0;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!values_[index]) values_[index] = make();
+    return values_[index];
+  }
+
+ private:
+  std::mutex mutex_;
+  std::array<std::optional<T>, kMostDevices> values_;
+};
+
+std::optional<at::Tensor> optional_tensor(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+bool has_nan(const at::Tensor& tensor) { return at::isnan(tensor).any().item<bool>(); }
+
+LibraryTraits try_libraries(c10::Device device) {
+  const at::NoGradGuard no_grad;
+  LibraryTraits traits;
+  const auto options = at::TensorOptions().device(device).dtype(at::kFloat);
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  try {
+    const at::Tensor ones = at::full({8, 8}, 1.0, options), bias = at::full({8}, 0.0, options);
+    at::Tensor product = at::full({8, 8}, 1.0, options);
+    library_linear(product, at::full({8, 8}, nan, options), ones, bias, /*has_relu=*/true, /*relu_keeps_nan=*/true);
+    traits.cublas_relu_keeps_nan = has_nan(product);
+  } catch (const c10::Error&) {
+    traits.cublas_relu_keeps_nan = false;
+  }
+  try {
+    const auto format = at::MemoryFormat::ChannelsLast;
+    const at::Tensor bias = at::full({8}, 0.0, options), weight = at::full({8, 8, 3, 3}, 1.0, options).contiguous(format);
+    cuda::ConvPoolArgs args;
+    traits.has_cudnn = !has_nan(library_conv(at::full({1, 8, 8, 8}, 1.0, options).contiguous(format), weight, bias, args, true));
+    traits.cudnn_relu_keeps_nan =
+        has_nan(library_conv(at::full({1, 8, 8, 8}, nan, options).contiguous(format), weight, bias, args, true));
+  } catch (const c10::Error&) {
+    traits.has_cudnn = false;
+  }
+  return traits;
+}
+
+}  // namespace
+
+void* current_stream(c10::Device device) {
+  if (!device.is_cuda()) return nullptr;
+  void* stream = nullptr;
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream, "fastseq: this torch has no CUDA streams");
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream) == 0, "fastseq: torch gave no stream for ", device);
+  return stream;
+}
+
+at::Tensor allocate(at::IntArrayRef sizes, at::ScalarType dtype, c10::Device device, at::MemoryFormat format) {
+  const auto key = device.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
+  return at::detail::empty_generic(sizes, c10::GetAllocator(device.type()), c10::DispatchKeySet(key), dtype, format);
+}
+
+at::Tensor view_of(void* data, at::IntArrayRef sizes, at::IntArrayRef strides, const at::Tensor& like) {
+  return at::from_blob(data, sizes, strides, /*storage_offset=*/0, [](void*) {}, like.options(), like.device());
+}
+
+const cuda::DeviceProperties& device_properties(c10::Device device) {
+  static std::array<cuda::DeviceProperties, kMostDevices> all;
+  static std::array<std::once_flag, kMostDevices> made;
+  const size_t index = device.has_index() && device.index() < kMostDevices ? static_cast<size_t>(device.index()) : 0;
+  std::call_once(made[index], [&] {
+    const cuda::Error error = cuda::engine()->properties(static_cast<int>(index), &all[index]);
+    TORCH_CHECK(!error, "fastseq: no properties of ", device, ": ", error);
+  });
+  return all[index];
+}
+
+LibraryTraits library_traits(c10::Device device, void* stream) {
+  static PerDevice<LibraryTraits> traits;
+  const auto found = traits.get(device, [&]() -> std::optional<LibraryTraits> {
+    if (cuda::engine()->is_capturing(stream)) return std::nullopt;
+    return try_libraries(device);
+  });
+  return found.value_or(LibraryTraits());
+}
+
+at::Tensor library_conv(const at::Tensor& src, const at::Tensor& weight, const at::Tensor& bias, const cuda::ConvPoolArgs& args,
+                        bool applies_epilogue) {
+  const std::array<int64_t, 2> stride{args.stride_h, args.stride_w}, padding{args.pad_top, args.pad_left}, ones{1, 1}, zeros{0, 0};
+  if (!src.is_cuda()) {
+    const at::Tensor sums = at::convolution(src, weight, applies_epilogue ? optional_tensor(bias) : std::nullopt, stride, padding,
+                                            ones, /*transposed=*/false, zeros, /*groups=*/1);
+    return applies_epilogue ? at::relu(sums) : sums;
+  }
+  if (applies_epilogue) return at::cudnn_convolution_relu(src, weight, optional_tensor(bias), stride, padding, ones, /*groups=*/1);
+  auto& context = at::globalContext();
+  return at::cudnn_convolution(src, weight, padding, stride, ones, /*groups=*/1, context.benchmarkCuDNN(),
+                               context.deterministicCuDNN() || context.deterministicAlgorithms(),
+                               context.allowTF32CuDNN(at::Float32Op::CONV));
+}
+
+void library_linear(at::Tensor& dst, const at::Tensor& src, const at::Tensor& weight, const at::Tensor& bias, bool has_relu,
+                    bool relu_keeps_nan) {
+  const at::Tensor columns = weight.t();
+  if (!bias.defined()) {
+    at::mm_out(dst, src, columns);
+  } else if (has_relu && relu_keeps_nan) {
+    at::_addmm_activation_out(dst, bias, src, columns, /*beta=*/1, /*alpha=*/1, /*use_gelu=*/false);
+    return;
+  } else {
+    at::addmm_out(dst, bias, src, columns);
+  }
+  if (has_relu) at::relu_(dst);
+}
+
+}  // namespace fastseq

@@ -1,0 +1,63 @@
+// The weights and biases of a native run, and whether they are still what packed copies were made from.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "bindings/run_input.h"
+#include "bindings/watch.h"
+
+namespace fastseq {
+
+// A parameter as it was at the last call. The object is kept, so that its address means it; its tensor is not, since a second
+// reference to that would stop torch.utils.swap_tensors, which load_state_dict and .to() may use.
+struct ParameterState {
+  py::object object;
+  const void* tensor = nullptr;  // the TensorImpl
+  const void* data = nullptr;
+  uint32_t version = 0;
+  uint64_t fingerprint = 0;  // of the contents; CPU only
+  c10::Device device = c10::kCPU;
+  at::ScalarType dtype = at::kFloat;
+  std::vector<int64_t> sizes, strides;
+};
+
+// kContents: another tensor or other values, of the same sizes, strides, device, dtype and alignment.
+enum class Change { kNone, kContents, kLayout };
+
+class Parameters {
+ public:
+  using Fingerprint = std::function<uint64_t(const at::Tensor&)>;
+
+  Parameters(const std::vector<StepSource>& steps, const std::vector<std::shared_ptr<ModuleWatch>>& watches);
+
+  // Compares with the last call and remembers. Null, or why the run cannot take these parameters. change(i): of step i.
+  // `fingerprint` may be empty: then contents are not looked at.
+  Reason check(const at::Tensor& input, bool records_grad, const Fingerprint& fingerprint);
+  Change change(size_t step) const { return changes_[step]; }
+  Change largest_change() const;
+
+  // Of a step, undefined where it has none. Valid after check().
+  at::Tensor weight(size_t step) const { return tensor(2 * step); }
+  at::Tensor bias(size_t step) const { return tensor(2 * step + 1); }
+  const void* weight_data(size_t step) const { return states_[2 * step].data; }
+  const void* bias_data(size_t step) const { return states_[2 * step + 1].data; }
+  std::vector<at::Tensor> weights() const;
+  std::vector<at::Tensor> biases() const;
+
+  void forget();
+  int traverse(visitproc visit, void* arg) const;
+
+ private:
+  at::Tensor tensor(size_t slot) const;
+
+  const std::vector<StepSource>& steps_;
+  const std::vector<std::shared_ptr<ModuleWatch>>& watches_;
+  std::vector<ParameterState> states_;  // weight and bias of each step
+  std::vector<Change> changes_;
+};
+
+}  // namespace fastseq

@@ -1,0 +1,63 @@
+// What a native run makes of a tensor: sizes of one image or row, the batch, and the sizes and memory format of the result.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+
+#include <vector>
+
+#include "bindings/gate.h"
+#include "plan/spec.h"
+
+namespace fastseq {
+
+// One fused step as the matcher describes it.
+struct StepSource {
+  StepSpec spec;           // all but the weights
+  int layer = -1;          // index of the watch that holds weight and bias
+  bool pads_same = false;  // padding='same': from the weight's size at call time
+};
+
+// How a run takes and gives tensors.
+struct RunShape {
+  bool is_first_spatial = false, flattens_input = false, flattens_output = false;
+};
+
+struct Signature {
+  bool is_spatial = false, is_nhwc = false;
+  int64_t channels = 0, h = 0, w = 0, features = 0;
+  bool operator==(const Signature& o) const {
+    return is_spatial == o.is_spatial && is_nhwc == o.is_nhwc && channels == o.channels && h == o.h && w == o.w &&
+           features == o.features;
+  }
+  InputSpec input_spec() const { return {is_spatial, channels, h, w, is_nhwc, features}; }
+  at::MemoryFormat format() const { return is_nhwc ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous; }
+};
+
+struct InputView {
+  Signature signature;
+  int64_t batch = 1;
+  bool is_unbatched = false;
+};
+
+// Null, or why no native run takes such a shape.
+Reason read_input(const at::Tensor& input, const RunShape& shape, InputView& view);
+
+using Sizes = c10::SmallVector<int64_t, 5>;
+Sizes output_sizes(const at::Tensor& input, const InputView& view, const RunShape& shape, const OutputSpec& output);
+
+// Refusal for unbatched inputs whose result would need strides that eager alone gives; rare enough.
+void check_unbatched(const InputView& view, const RunShape& shape, const OutputSpec& output, bool output_is_nhwc);
+
+bool is_channels_last(const at::Tensor& tensor);
+
+// The steps with the sizes that `weights` have (undefined tensors for steps without), and whether eager's result would be in
+// channels_last order. Throws Refusal where eager would raise.
+struct SizedSteps {
+  std::vector<StepSpec> specs;
+  bool output_is_nhwc = false;
+};
+SizedSteps size_steps(const std::vector<StepSource>& steps, const std::vector<at::Tensor>& weights,
+                      const std::vector<at::Tensor>& biases, const Signature& signature);
+
+}  // namespace fastseq

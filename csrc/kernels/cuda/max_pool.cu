@@ -1,0 +1,41 @@
+#include "kernels/cuda/max_pool.cuh"
+
+#include "kernels/cuda/launch.h"
+
+namespace fastseq::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMostBlocks = 1 << 16;  // more work than that is a loop in each thread
+
+template <typename Element>
+bool can_use_vectors(const MaxPoolArgs& args) {
+  constexpr int64_t count = Piece<Element>::kCount;
+  const int64_t strides = args.src_image_stride | args.src_h_stride | args.src_w_stride | args.dst_image_stride |
+                          args.dst_h_stride | args.dst_w_stride | args.channels;
+  return args.src_c_stride == 1 && args.dst_c_stride == 1 && strides % count == 0 &&
+         (reinterpret_cast<uintptr_t>(args.src) | reinterpret_cast<uintptr_t>(args.dst)) % 16 == 0;
+}
+
+template <typename Element>
+Error launch_max_pool(const MaxPoolArgs& args, void* stream) {
+  const bool is_vector = can_use_vectors<Element>(args);
+  const int64_t threads =
+      static_cast<int64_t>(args.batch) * args.h_out * args.w_out * args.channels / (is_vector ? Piece<Element>::kCount : 1);
+  const int64_t wanted = (threads + kThreads - 1) / kThreads;
+  const Grid grid{static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks)};
+  return is_vector ? launch(max_pool<Element, true>, grid, kThreads, 0, stream, args)
+                   : launch(max_pool<Element, false>, grid, kThreads, 0, stream, args);
+}
+
+const PoolKernel kRows[] = {
+    {"maxpool2d_f32__cuda", Math::kIeee, launch_max_pool<float>},
+    {"maxpool2d_f16__cuda", Math::kF16, launch_max_pool<Half>},
+    {"maxpool2d_bf16__cuda", Math::kBF16, launch_max_pool<BFloat16>},
+};
+
+}  // namespace
+
+Table<PoolKernel> max_pool_kernels() { return {kRows, sizeof kRows / sizeof *kRows}; }
+
+}  // namespace fastseq::cuda

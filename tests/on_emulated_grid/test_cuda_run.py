@@ -1,0 +1,335 @@
+"""The CUDA engine from the call to the kernels: results, weights, memory, errors."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from conftest import Grid
+from helpers import assert_was_fused, kernels_used, run_fused
+from torch import Tensor, nn
+
+import fastseq
+from fastseq.testing import MODELS
+
+# Norm-wise error against float64 that rounding alone explains, at unit scale.
+FLOORS = {"ieee": 1e-6, "tf32": 1.5e-3, "float16": 2e-3, "bfloat16": 1.5e-2}
+KINDS = tuple(FLOORS)
+
+
+def prepare(kind: str, model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """The model and input in the kind's dtype, torch's flags as the kind asks."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(kind, torch.float32)
+    return model.to(dtype), x.to(dtype)
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def assert_right(kind: str, model: nn.Module, x: Tensor, actual: Tensor) -> None:
+    with torch.no_grad():
+        eager = model(x)
+        exact = copy.deepcopy(model).double()(x.double())
+    assert (actual.dtype, actual.shape, actual.stride()) == (eager.dtype, eager.shape, eager.stride())
+    assert actual.isfinite().all()
+    assert error(actual, exact) <= max(FLOORS[kind], 4 * error(eager, exact))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["seed1", "seed1_named", "seed2", "seed3", "lenet5", "mlp"])
+def test_networks(name: str, kind: str, batch: int) -> None:
+    if batch == 40 and (name.startswith("seed1") or kind in ("float16", "tf32")):
+        batch = 5  # the larger tiles are met by the others
+    model, x = prepare(kind, MODELS[name].build(), MODELS[name].example(batch))
+    assert_right(kind, model, x, run_fused(model, x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_memory_formats(kind: str, model_format: torch.memory_format, input_format: torch.memory_format) -> None:
+    layers = [nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 9, 5), nn.ReLU(), nn.MaxPool2d(3, 2)]
+    model, x = prepare(kind, nn.Sequential(*layers), torch.randn(3, 16, 13, 12))
+    model, x = model.to(memory_format=model_format), x.to(memory_format=input_format)
+    assert_right(kind, model, x, run_fused(model, x))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_alignment_of_the_input_does_not_matter(offset: int) -> None:
+    for kind in KINDS:
+        for model, shape in (
+            (nn.Sequential(nn.Conv2d(8, 5, 3), nn.ReLU()), (2, 8, 6, 6)),
+            (nn.Sequential(nn.Linear(64, 33), nn.ReLU(), nn.Linear(33, 5)), (7, 64)),
+            (nn.Sequential(nn.Linear(256, 300)), (5, 256)),
+        ):
+            count = torch.Size(shape).numel()
+            model, buffer = prepare(kind, model, torch.randn(count + 4))
+            x = buffer[offset : offset + count].view(shape)
+            if len(shape) == 4:
+                x = buffer[offset : offset + count].view(2, 6, 6, 8).permute(0, 3, 1, 2)
+            assert_right(kind, model, x, run_fused(model, x))
+
+
+def test_weights_that_are_views() -> None:
+    """Misaligned and transposed weights: copied on the device, or read as they are."""
+    for make in (
+        lambda: (nn.Linear(64, 48), torch.randn(6, 64)),
+        lambda: (nn.Conv2d(8, 12, 3), torch.randn(2, 8, 7, 7).to(memory_format=torch.channels_last)),
+    ):
+        layer, x = make()
+        weight = layer.weight.detach()
+        buffer = torch.randn(weight.numel() + 1)
+        layer.weight = nn.Parameter(buffer[1:].view(weight.shape))
+        model = nn.Sequential(layer, nn.ReLU())
+        assert_right("ieee", model, x, run_fused(model, x))
+        layer.weight = nn.Parameter(weight.transpose(0, 1).contiguous().transpose(0, 1))
+        assert_right("ieee", model, x, run_fused(model, x))
+
+
+# Launches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, batch, count", [("seed1", 1, 2), ("seed2", 1, 1), ("seed2", 32, 1), ("lenet5", 2, 3)])
+def test_number_of_launches(name: str, batch: int, count: int, grid: Grid) -> None:
+    model, x = MODELS[name].build(), MODELS[name].example(batch)
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        for _ in range(2):
+            grid.reset()
+            fused(x)
+            assert len(grid.launches()) == count
+
+
+def test_bits_do_not_depend_on_the_order_of_threads(grid: Grid) -> None:
+    for name in ("seed1", "seed3", "lenet5"):
+        fused, x = fastseq.optimize(MODELS[name].build()), MODELS[name].example(2)
+        with torch.no_grad():
+            results = []
+            for seed in (0, 1, 2):
+                grid.seed(seed)
+                results.append(fused(x))
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_result_is_never_overwritten() -> None:
+    fused, x = fastseq.optimize(MODELS["lenet5"].build()), MODELS["lenet5"].example(2)
+    with torch.no_grad():
+        first = fused(x)
+        kept = first.clone()
+        fused(-x)
+    assert torch.equal(first, kept)
+
+
+# Weights ----------------------------------------------------------------------------------------------------------
+
+
+def large_conv() -> tuple[nn.Sequential, Tensor]:
+    """Its second weight is packed, and larger than what is compared whole."""
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 80, 3), nn.ReLU())
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            nn.init.kaiming_normal_(layer.weight)
+    return model, torch.randn(1, 3, 9, 9)
+
+
+def assert_follows(fused: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        assert_right("ieee", fastseq.optimize(copy.deepcopy(fused)), x, fused(x))
+        plain = nn.Sequential(*copy.deepcopy(list(fused)))
+        assert_right("ieee", plain, x, fused(x))
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_packed_weights_follow(is_captured: bool, grid: Grid) -> None:
+    model, x = large_conv()
+    fused = fastseq.optimize(model)
+    grid.capture(is_captured)
+    assert_follows(fused, x)
+    with torch.no_grad():
+        fused[2].weight.data.mul_(0.5)  # changes neither address nor version
+        assert_follows(fused, x)
+        fused[2].weight[37, 11, 1, 2] += 3.0  # one element, seen by its version
+        assert_follows(fused, x)
+        fused.load_state_dict({name: torch.randn_like(value) / 10 for name, value in fused.state_dict().items()})
+        assert_follows(fused, x)
+        fused.load_state_dict({n: torch.randn_like(v) / 10 for n, v in fused.state_dict().items()}, assign=True)
+        assert_follows(fused, x)
+        fused[2].weight = nn.Parameter(torch.randn(80, 24, 3, 3).to(memory_format=torch.channels_last) / 10)
+        assert_follows(fused, x)
+        fused[2] = nn.Conv2d(24, 7, 5)
+        assert_follows(fused, x)
+    assert_was_fused(fused)
+
+
+def test_one_element_behind_autograd(grid: Grid) -> None:
+    """Missed by the sample, as on the CPU, until refresh(); never missed by a captured call, which compares everything."""
+    model, x = large_conv()
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        before = fused(x)
+        fused[2].weight.data[5, 7, 1, 1] += 100.0
+        missed = torch.equal(fused(x), before)
+        assert missed, "the sample has caught it: choose another element"
+        grid.capture(True)
+        assert_follows(fused, x)
+        grid.capture(False)
+        fused[2].weight.data[5, 7, 1, 1] -= 70.0
+        fastseq.refresh(fused)
+        assert_follows(fused, x)
+
+
+def test_copies_that_a_graph_refers_to_stay(grid: Grid) -> None:
+    model, x = large_conv()
+    fused = fastseq.optimize(model)
+    run = next(run for run in compiled_runs(fused, x) if run is not None)
+    with torch.no_grad():
+        grid.capture(True)
+        fused(x)
+        grid.capture(False)
+        held = run.packed_bytes()
+        fused[2].weight = nn.Parameter(torch.randn(8, 24, 3, 3))
+        fused[2].bias = nn.Parameter(torch.randn(8))
+        fused(x)
+        assert run.packed_bytes() > held
+
+
+def compiled_runs(fused: nn.Module, x: Tensor) -> list[object]:
+    with torch.no_grad():
+        fused(x)
+    runs: list[object] = fused.__dict__["_fastseq_compiled"].runs
+    return runs
+
+
+# Handing over -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1)], ids=["none", "2x2", "3x3"])
+@pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_deep_convolutions_go_to_the_library(pool: nn.Module | None, input_format: torch.memory_format) -> None:
+    layers = [nn.Conv2d(128, 16, 3, padding=1), nn.ReLU(), *([pool] if pool else [])]
+    model, x = nn.Sequential(*layers), torch.randn(1, 128, 64, 65).to(memory_format=input_format)
+    x[0, 3, 5, 5], x[0, 9, 40, 40], x[0, 9, 20, 20] = torch.nan, torch.inf, -torch.inf
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        actual, eager = fused(x), model(x)
+    assert_was_fused(fused)
+    assert any("cudnn" in kernel for kernel in kernels_used(fused))
+    assert actual.stride() == eager.stride()
+    torch.testing.assert_close(actual, eager, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_a_chain_of_library_convolutions() -> None:
+    layers = [
+        nn.Conv2d(3, 128, 3),
+        nn.ReLU(),
+        nn.Conv2d(128, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+    ]
+    model, x = nn.Sequential(*layers, nn.Linear(6 * 61 * 61, 5)), torch.randn(2, 3, 67, 67)
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+    assert [("cudnn" in kernel) for kernel in kernels_used(fused)][:3] == [False, True, False]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+def test_large_linears_go_to_the_library(bias: bool, relu: bool) -> None:
+    model = nn.Sequential(nn.Linear(512, 600, bias=bias), *([nn.ReLU()] if relu else []), nn.Linear(600, 3))
+    x = torch.randn(70, 512)
+    x[3, 5] = torch.nan
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert kernels_used(fused)[0] == "_addmm_activation"
+
+
+# What is left to eager, and errors -----------------------------------------------------------------------------------
+
+
+def test_left_to_eager() -> None:
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 12), nn.ReLU()), torch.randn(1, 2, 14, 14)
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        assert torch.equal(fused(x), model(x))
+        assert "up to 11x11" in str(fastseq.stats(fused)["fallbacks"])
+    for dtype in (torch.float64, torch.complex64):
+        other, y = MODELS["seed2"].build().to(dtype), MODELS["seed2"].example(2).to(dtype)
+        fused = fastseq.optimize(other)
+        if dtype is torch.float64:
+            with torch.no_grad():
+                assert torch.equal(fused(y), other(y))
+        else:
+            with pytest.raises(RuntimeError), torch.no_grad():
+                fused(y)  # ReLU has no complex numbers
+        assert "take those" in str(fastseq.stats(fused)["fallbacks"])
+
+
+def test_mixed_dtypes_raise_what_eager_raises() -> None:
+    model = MODELS["seed2"].build()
+    with torch.no_grad(), pytest.raises(RuntimeError) as eager:
+        model(MODELS["seed2"].example(2).half())
+    with torch.no_grad(), pytest.raises(RuntimeError) as fused:
+        fastseq.optimize(model)(MODELS["seed2"].example(2).half())
+    assert str(fused.value) == str(eager.value)
+
+
+def test_gradients_and_autocast_stay_eager() -> None:
+    model, x = MODELS["seed2"].build(), MODELS["seed2"].example(3)
+    fused = fastseq.optimize(model)
+    fused(x).sum().backward()
+    model(x).sum().backward()
+    for ours, theirs in zip(fused.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fused(x), model(x))
+    assert fastseq.stats(fused)["fused_calls"] == 0
+
+
+def test_a_failed_launch_names_its_kernel(grid: Grid) -> None:
+    fused, x = fastseq.optimize(MODELS["seed1"].build()), MODELS["seed1"].example(1)
+    with torch.no_grad():
+        fused(x)
+        grid.limit_shared_memory(1 << 10)
+        with pytest.raises(RuntimeError, match=r"CUDA kernel conv2d_f32__ffma_32x32_gather failed .*\[1, 1, 28, 28\]"):
+            fused(x)
+        grid.limit_shared_memory(227 << 10)
+        fused(x)
+
+
+def test_check_compares_with_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSEQ_CHECK", "1")
+    for name in ("seed2", "lenet5"):
+        fused, x = fastseq.optimize(MODELS[name].build()), MODELS[name].example(3)
+        with torch.no_grad():
+            fused(x)
+        assert fastseq.stats(fused)["fused_calls"] > 0
+
+
+def test_many_threads() -> None:
+    names = ("seed2", "lenet5")
+    fused = {name: fastseq.optimize(MODELS[name].build()) for name in names}
+    inputs = {(name, batch): MODELS[name].example(batch) for name in names for batch in (1, 2, 5)}
+    with torch.no_grad():
+        expected = {key: fused[key[0]](x) for key, x in inputs.items()}
+    wrong: list[object] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                wrong.extend(key for key, x in inputs.items() if not torch.equal(fused[key[0]](x), expected[key]))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,0 +1,57 @@
+"""The CUDA engine as a whole on the emulated grid: its own suite, and those of the CPU engine that hold for any engine.
+
+Each runs in a Python of its own, whose fastseq is linked with the emulated kernels: every CPU tensor there takes the
+path of a CUDA tensor, through the same gate, planner, executor and kernel sources.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from emulation.extension import build_package
+
+# What is the CPU engine's own: its kernels by name, float32 only, the same bits for every layout and batch.
+ONE_ISA = "not avx512 and not avx2 and not emulated512"
+SUITES: dict[str, tuple[str, ...]] = {
+    "on_emulated_grid": (),
+    "test_fallback_errors.py": (),
+    "test_liveness.py": ("-k", "not dtype_there_and_back"),
+    "test_maxpool2d.py": ("-k", ONE_ISA),
+    "test_memory_format.py": (),
+    "test_optimize.py": (),
+    "test_patterns.py": (),
+    "test_sequential.py": (),
+    "test_serialization.py": ("-k", "not float_copy_of_a_half_model and not spawned_process"),
+    "test_special_values.py": ("-k", ONE_ISA),
+    "test_gate.py": ("-k", "not half and not bfloat16 and not another_dtype"),
+    "test_conv2d.py": ("-k", f"{ONE_ISA} and not bits_do_not_depend_on_the_format"),
+}
+
+
+@pytest.fixture(scope="session")
+def package() -> Path:
+    return build_package()
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite(suite: str, package: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTSEQ_")}
+    # Not from the root: the package there would come first.
+    options = ("-q", "--tb=short", "-p", "emulation.ieee", "-p", "no:cacheprovider")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(ROOT / "tests" / suite), *SUITES[suite]],
+        cwd=package,
+        env={**environment, "PYTHONPATH": os.pathsep.join((str(package), str(ROOT / "tests")))},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    assert passed and int(passed[1]) > 20, done.stdout[-2000:]
