@@ -26,7 +26,8 @@ def optimize(model: ModelT) -> ModelT:
     every later change.
 
     Args:
-        model: any `nn.Module`. Fused kernels run for float32 CPU tensors outside autograd; everything else runs eager.
+        model: any `nn.Module`. Fused kernels run outside autograd, for float32 tensors on the CPU and for float32,
+            float16 and bfloat16 tensors on CUDA; everything else runs eager.
 
     Returns:
         The copy. Of a model that is optimised already: a copy that is optimised as well.

@@ -89,7 +89,8 @@ def explain(model: nn.Module, x: Any = None) -> Report:
         if isinstance(module, nn.Sequential):
             sequentials.append(_describe(path, module, inside))
     error = _native.native_error()
-    data = {"isa": isa(), "native_error": error, "sequentials": sequentials, "fallbacks": fallbacks}
+    engine = "CUDA" if any(parameter.is_cuda for parameter in model.parameters()) else isa()
+    data = {"isa": engine, "native_error": error, "sequentials": sequentials, "fallbacks": fallbacks}
     return Report(data)
 
 

@@ -8,12 +8,15 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/cudnn_convolution.h>
 #include <ATen/ops/cudnn_convolution_relu.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/isnan.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/relu.h>
 #include <c10/core/Allocator.h>
+
+#include <dlfcn.h>
 
 #include <array>
 #include <limits>
@@ -27,6 +30,8 @@ namespace fastseq {
 namespace {
 
 constexpr int kMostDevices = 64;
+
+using StreamGetter = int32_t (*)(int32_t device_index, void** stream);
 
 // One value a device, made once.
 template <typename T>
@@ -82,15 +87,24 @@ LibraryTraits try_libraries(c10::Device device) {
 
 void* current_stream(c10::Device device) {
   if (!device.is_cuda()) return nullptr;
+  // A linker that leaves out libraries nobody calls into drops libtorch.so, through which the symbol would be found.
+  static const StreamGetter get = [] {
+    if (aoti_torch_get_current_cuda_stream) return &aoti_torch_get_current_cuda_stream;
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<StreamGetter>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  TORCH_CHECK(get, "fastseq: this torch tells no CUDA streams; rebuild fastseq with FASTSEQ_CUDA=0 to run CUDA models eager");
   void* stream = nullptr;
-  TORCH_CHECK(aoti_torch_get_current_cuda_stream, "fastseq: this torch has no CUDA streams");
-  TORCH_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream) == 0, "fastseq: torch gave no stream for ", device);
+  TORCH_CHECK(get(device.index(), &stream) == 0, "fastseq: torch gave no stream for ", device);
   return stream;
 }
 
 at::Tensor allocate(at::IntArrayRef sizes, at::ScalarType dtype, c10::Device device, at::MemoryFormat format) {
+  // Past the dispatcher, which takes longer than a small kernel.
   const auto key = device.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
-  return at::detail::empty_generic(sizes, c10::GetAllocator(device.type()), c10::DispatchKeySet(key), dtype, format);
+  if (c10::Allocator* const allocator = c10::GetAllocator(device.type()))
+    return at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(key), dtype, format);
+  return at::empty(sizes, at::TensorOptions().device(device).dtype(dtype), format);
 }
 
 at::Tensor view_of(void* data, at::IntArrayRef sizes, at::IntArrayRef strides, const at::Tensor& like) {

@@ -250,7 +250,8 @@ class CudaRun::Call {
     std::copy(pack.sizes, pack.sizes + 4, job.sizes);
     std::copy(pack.strides, pack.strides + 4, job.strides);
     job.valid = pack.valid;
-    job.is_forced = copy.must_copy(stream_);
+    // A captured call may run after any change: it compares everything, each time.
+    job.is_forced = !is_capturing && copy.must_copy(stream_);
     const int64_t bytes = pack.elements() * static_cast<int64_t>(src_.element_size());
     job.samples = is_capturing || bytes <= kExactPackBytes ? 0 : kPackSamples;
     copy.is_captured |= is_capturing;

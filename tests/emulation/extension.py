@@ -1,7 +1,7 @@
 """fastseq with its CUDA engine on the emulated grid: the whole path of a CUDA tensor, for CPU tensors on any machine.
 
-`build_package()` links the objects of the ordinary build with the emulated kernels instead of the CUDA ones. In a Python
-that has the returned directory first on its path, every CPU tensor goes to the CUDA engine.
+`build_package()` links the objects of the ordinary build with the emulated kernels instead of the CUDA ones. In a
+Python that has the returned directory first on its path, every CPU tensor goes to the CUDA engine.
 """
 
 from __future__ import annotations

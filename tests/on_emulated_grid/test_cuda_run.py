@@ -167,7 +167,7 @@ def test_packed_weights_follow(is_captured: bool, grid: Grid) -> None:
 
 
 def test_one_element_behind_autograd(grid: Grid) -> None:
-    """Missed by the sample, as on the CPU, until refresh(); never missed by a captured call, which compares everything."""
+    """Missed by the sample, as on the CPU, until refresh(); not by a captured call, which compares everything."""
     model, x = large_conv()
     fused = fastseq.optimize(model)
     with torch.no_grad():
