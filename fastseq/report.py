@@ -35,7 +35,7 @@ class Report:
         data = self._data
         error = data["native_error"]
         lines = [f"fastseq: kernels for {data['isa']}" if error is None else f"fastseq: everything runs eager: {error}"]
-        rows = [("layers", "runs as", "kernel", "output", "why eager")]
+        rows = [("layers", "runs as", "kernel", "output", "why")]
         for sequential in data["sequentials"]:
             rows.append((sequential["path"] or "(model)", "", "", "", sequential["note"]))
             for segment in sequential["segments"]:

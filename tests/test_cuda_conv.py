@@ -216,6 +216,9 @@ def strides_of(layout: str, shape: Sequence[int], unit: int = 1) -> tuple[int, .
         pixel = c + unit
         row = w * pixel + 2 * unit
         return h * row + unit, 1, row, pixel
+    if layout == "pitched":  # to 16 bytes of any element
+        pixel = -(-c // 8) * 8
+        return h * w * pixel, 1, w * pixel, pixel
     if layout == "even slice":
         pixel = c + c % 2 + 2
         return h * w * pixel, 1, w * pixel, pixel
@@ -1032,6 +1035,7 @@ POOL_ROUTES = {
     "vector": ("nhwc", "nhwc", True, 0),
     "vector slices": ("slice", "slice", True, 1),
     "odd channels": ("nhwc", "nhwc", False, 0),
+    "odd channels of aligned pixels": ("pitched", "pitched", False, 0),
     "misaligned": ("nhwc", "nhwc", True, None),
     "slices": ("slice", "slice", False, 1),
     "nchw": ("nchw", "nchw", False, 3),

@@ -76,7 +76,7 @@ def test_table() -> None:
     assert str(report) == "\n".join(
         [
             f"fastseq: kernels for {fastseq.isa()}",
-            f"layers            runs as      {'kernel':<{width}}  output   why eager",
+            f"layers            runs as      {'kernel':<{width}}  output   why",
             "(model)",
             f"  0 1             conv2d_relu  {names[0]:<{width}}  8x10x10",
             f"  2: BatchNorm2d  eager        {'':<{width}}           no fused kernel for BatchNorm2d",

@@ -255,14 +255,14 @@ class CudaPlanBuilder {
       set_target(launch.conv, target);
       kernel = choose_conv(launch.conv, options_.conv_math, is_vector);
       if (!kernel) throw Refusal("no CUDA convolution kernel runs on this device");
-      note = "pooled in a launch of its own: a block's halo would be too large";
+      note = "; pooled in a launch of its own, a block's halo would be too large";
     }
     launch.conv_kernel = kernel;
     launch.kernel = kernel->name;
     launch.packed = packed_conv_weight(index, kernel->is_vector, src.pitch, kernel->is_vector);
     check_blocks(launch.conv, *kernel);
     StepInfo& info = plan_.infos_[static_cast<size_t>(index)];
-    info.kernel = launch.kernel, info.note = note;
+    info.kernel = launch.kernel, info.note = blocks_note(launch.conv, *kernel) + note;
     plan_.launches_.push_back(launch);
     if (target.at.place != dst.at.place || target.at.offset != dst.at.offset)
       add_pool(index, target, dst, step.pool, /*applies_bias=*/false, /*applies_relu=*/false);
@@ -308,6 +308,10 @@ class CudaPlanBuilder {
       return options_.batch * divide_up(args.h_out, args.tile_h) * divide_up(args.w_out, args.tile_w) * columns;
     const int64_t rows = args.pool_mode == PoolMode::kRegisters ? kernel.tile_m / 4 : kernel.tile_m;
     return divide_up(options_.batch * args.h_out * args.w_out, rows) * columns;
+  }
+
+  std::string blocks_note(const cuda::ConvPoolArgs& args, const cuda::ConvKernel& kernel) const {
+    return std::to_string(blocks_of(args, kernel)) + " blocks on " + std::to_string(device_.multiprocessors) + " multiprocessors";
   }
 
   void check_blocks(const cuda::ConvPoolArgs& args, const cuda::ConvKernel& kernel) const {
@@ -525,6 +529,9 @@ class CudaPlanBuilder {
     launch.src = src.at, launch.dst = dst.at;
     for (size_t i = first; i < end; ++i) {
       plan_.infos_[i].kernel = chain_->name;
+      plan_.infos_[i].note = chain_->op == cuda::ChainOp::kSkinnyLinear ? "few rows: a stream of weights"
+                             : end - first > 1                          ? std::to_string(end - first) + " layers in one launch"
+                                                                        : "";
       launch.chain_packs.push_back(packed_linear_weight(static_cast<int>(i), /*needs_alignment=*/false));
     }
     plan_.launches_.push_back(launch);
@@ -564,6 +571,7 @@ class CudaPlanBuilder {
       launch.conv_kernel = choose_conv(launch.conv, options_.linear_math, can_use_vectors_for_rows(src));
       if (!launch.conv_kernel) throw Refusal("no CUDA kernel for this Linear runs on this device");
       launch.kernel = launch.conv_kernel->name;
+      info.note = blocks_note(launch.conv, *launch.conv_kernel);
       launch.packed = packed_linear_weight(index, launch.conv_kernel->is_vector);
       check_blocks(launch.conv, *launch.conv_kernel);
     }

@@ -146,6 +146,19 @@ def test_linears() -> None:
     assert [launch["layers"] for launch in plan(long, 4, 16)["launches"]] == [8, 8, 3]
 
 
+def test_notes_say_why() -> None:
+    def notes(model: nn.Module, *shape: int) -> list[str]:
+        return [step["note"] for step in plan(model, *shape)["steps"]]
+
+    assert notes(MODELS["seed1"].build(), 1, 1, 28, 28) == [f"{n} blocks on 132 multiprocessors" for n in (18, 26)]
+    assert notes(MODELS["seed2"].build(), 32, 128) == ["2 layers in one launch"] * 2
+    assert notes(nn.Sequential(nn.Linear(4096, 4096)), 1, 4096) == ["few rows: a stream of weights"]
+    assert notes(nn.Sequential(nn.Linear(4096, 4096)), 64, 4096) == ["handed to cuBLAS: 64x4096x4096"]
+    assert notes(nn.Sequential(nn.Conv2d(128, 64, 3)), 4, 128, 40, 40) == ["handed to cuDNN: 1152 products a sum"]
+    (halo,) = notes(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(15)), 1, 3, 40, 40)
+    assert halo.endswith("pooled in a launch of its own, a block's halo would be too large")
+
+
 def test_refusals_say_why() -> None:
     assert "up to 11x11" in plan(nn.Sequential(nn.Conv2d(1, 1, 12)), 1, 1, 20, 20)["refused"]
     with pytest.raises(RuntimeError):
