@@ -122,13 +122,12 @@ const cuda::DeviceProperties& device_properties(c10::Device device) {
   return all[index];
 }
 
-LibraryTraits library_traits(c10::Device device, void* stream) {
+std::optional<LibraryTraits> library_traits(c10::Device device, void* stream) {
   static PerDevice<LibraryTraits> traits;
-  const auto found = traits.get(device, [&]() -> std::optional<LibraryTraits> {
+  return traits.get(device, [&]() -> std::optional<LibraryTraits> {
     if (cuda::engine()->is_capturing(stream)) return std::nullopt;
     return try_libraries(device);
   });
-  return found.value_or(LibraryTraits());
 }
 
 at::Tensor library_conv(const at::Tensor& src, const at::Tensor& weight, const at::Tensor& bias, const cuda::ConvPoolArgs& args,

@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "kernels/cuda/kernels.h"
 #include "plan/cuda_plan.h"
 
@@ -20,12 +22,13 @@ at::Tensor view_of(void* data, at::IntArrayRef sizes, at::IntArrayRef strides, c
 
 const cuda::DeviceProperties& device_properties(c10::Device device);
 
-// Whether cuDNN's and cuBLAS's ReLU epilogues keep NaN here, found out once per device by trying; false while a graph is captured.
+// Whether cuDNN's and cuBLAS's ReLU epilogues keep NaN here, found out once per device by trying; unknown while the first call that
+// wants to know is captured into a graph.
 struct LibraryTraits {
   bool has_cudnn = false;
   bool cudnn_relu_keeps_nan = false, cublas_relu_keeps_nan = false;
 };
-LibraryTraits library_traits(c10::Device device, void* stream);
+std::optional<LibraryTraits> library_traits(c10::Device device, void* stream);
 
 // convolution(src, weight) with bias and ReLU where `applies_epilogue`, and bare otherwise. On the CPU: the same by torch's own.
 at::Tensor library_conv(const at::Tensor& src, const at::Tensor& weight, const at::Tensor& bias, const cuda::ConvPoolArgs& args,

@@ -28,6 +28,12 @@ uint64_t random_magic() {
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
+bool is_library_call(const CudaLaunch& launch) {
+  return launch.kind == CudaLaunch::Kind::kCudnnConv || launch.kind == CudaLaunch::Kind::kCublasLinear;
+}
+
+bool uses_libraries(const CudaPlan& plan) { return std::any_of(plan.launches().begin(), plan.launches().end(), is_library_call); }
+
 // Loads a plan's kernels and lets them have the device's shared memory, each once per device: no launch has to, which a captured
 // call could not.
 void prepare_kernels(const CudaPlan& plan, c10::Device device) {
@@ -153,19 +159,34 @@ std::shared_ptr<const CudaRun::Entry> CudaRun::plan_for(const Key& key, const Pa
   options.device = device_properties(key.device);
   options.batch = key.batch;
   options.input_is_aligned = key.is_aligned;
-  const LibraryTraits traits = library_traits(key.device, stream);
-  options.allows_cudnn = key.allows_cudnn && traits.has_cudnn;
-  options.trusts_cudnn_relu = traits.cudnn_relu_keeps_nan;
+  options.allows_cudnn = key.allows_cudnn;
+  options.trusts_cudnn_relu = true;
   options.forced_kernel = forced_kernel_;
+  const auto make = [&] {
+    return make_cuda_plan(steps_, parameters.weights(), parameters.biases(), key.signature, shape_, request);
+  };
 
   auto entry = std::make_shared<Entry>();
   entry->key = key;
-  entry->plan = make_cuda_plan(steps_, parameters.weights(), parameters.biases(), key.signature, shape_, request);
+  entry->plan = make();
+  bool is_final = true;
+  if (uses_libraries(*entry->plan)) {
+    // Loading them takes longer than all else here, so they are tried only for plans that want them.
+    const std::optional<LibraryTraits> traits = library_traits(key.device, stream);
+    is_final = traits.has_value();
+    entry->cublas_relu_keeps_nan = traits && traits->cublas_relu_keeps_nan;
+    if (!traits || !traits->has_cudnn || !traits->cudnn_relu_keeps_nan) {
+      options.allows_cudnn = key.allows_cudnn && traits && traits->has_cudnn;
+      options.trusts_cudnn_relu = false;
+      entry->plan = make();
+    }
+  }
   entry->output_is_nhwc = options.output_is_nhwc;
   for (const PackSpec& pack : entry->plan->packs()) entry->copies.push_back(copy_for(pack, key));
   prepare_kernels(*entry->plan, key.device);
-  plans_.push_front(entry);
   ++plans_made_;
+  if (!is_final) return entry;
+  plans_.push_front(entry);
   if (plans_.size() > kMostPlans) plans_.pop_back();
   return entry;
 }
@@ -188,11 +209,14 @@ class CudaRun::Call {
       for (size_t i = 0; i < count; ++i) {
         const size_t step = static_cast<size_t>(launch.step) + i;
         operands.weights[i] = parameters.weight_data(step);
+        // Without the GIL another thread may replace a parameter: its memory must not be handed out again before the launch.
+        kept_.push_back(parameters.weight(step));
+        kept_.push_back(parameters.bias(step));
         operands.biases[i] = launch.takes_bias ? parameters.bias_data(step) : nullptr;
         const int packed = launch.kind == CudaLaunch::Kind::kChain ? launch.chain_packs[i] : launch.packed;
         if (packed >= 0) operands.weights[i] = entry_.copies[static_cast<size_t>(packed)]->data.const_data_ptr();
       }
-      if (launch.kind == CudaLaunch::Kind::kCudnnConv || launch.kind == CudaLaunch::Kind::kCublasLinear) {
+      if (is_library_call(launch)) {
         operands.weight = parameters.weight(static_cast<size_t>(launch.step));
         operands.bias = parameters.bias(static_cast<size_t>(launch.step));
       }
@@ -203,7 +227,6 @@ class CudaRun::Call {
       Copy& copy = *entry_.copies[i];
       jobs_.push_back(job_for(plan_.packs()[i], copy, parameters, is_capturing));
     }
-    relu_keeps_nan_ = library_traits(src.device(), stream).cublas_relu_keeps_nan;
     is_capturing_ = is_capturing;
   }
 
@@ -343,7 +366,7 @@ class CudaRun::Call {
     at::Tensor dst = view_of(address(launch.dst), {rows, n}, {n, 1}, src_);
     const at::Tensor weight =
         launch.packed < 0 ? operands.weight : view_of(const_cast<void*>(operands.weights[0]), {n, k}, {k, 1}, src_);
-    library_linear(dst, src, weight, operands.bias, launch.has_relu, relu_keeps_nan_);
+    library_linear(dst, src, weight, operands.bias, launch.has_relu, entry_.cublas_relu_keeps_nan);
   }
 
   const Entry& entry_;
@@ -353,8 +376,9 @@ class CudaRun::Call {
   at::Tensor dst_, arena_, held_;
   void* const stream_;
   const bool checks_;
-  bool relu_keeps_nan_ = false, is_capturing_ = false;
+  bool is_capturing_ = false;
   c10::SmallVector<Operands, 4> operands_;
+  c10::SmallVector<at::Tensor, 8> kept_;
   c10::SmallVector<cuda::PackJob, 4> jobs_;
 };
 

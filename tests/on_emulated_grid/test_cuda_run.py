@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -240,6 +243,30 @@ def test_a_chain_of_library_convolutions() -> None:
     assert [("cudnn" in kernel) for kernel in kernels_used(fused)][:3] == [False, True, False]
 
 
+def test_libraries_are_not_tried_while_a_graph_is_captured(grid: Grid) -> None:
+    """The first call, captured, runs without cuDNN; the next one, which is not, finds out and hands over."""
+    code = """if True:
+        import ctypes, torch, fastseq
+        from fastseq import _native
+        model = torch.nn.Sequential(torch.nn.Conv2d(128, 16, 3), torch.nn.ReLU()).eval()
+        fused, x = fastseq.optimize(model), torch.randn(1, 128, 70, 70)
+        library = ctypes.CDLL(_native.module().__file__)
+        def kernels():
+            (sequential,) = fastseq.explain(fused).to_dict()["sequentials"]
+            return [step["kernel"] for step in sequential["segments"][0]["steps"]]
+        with torch.inference_mode():
+            library.fastseq_emulation_capture(1)
+            first = fused(x)
+            assert "cudnn" not in kernels()[0], kernels()
+            library.fastseq_emulation_capture(0)
+            second = fused(x)
+            assert "cudnn" in kernels()[0], kernels()
+            torch.testing.assert_close(first, second, rtol=2e-3, atol=2e-3)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
 def test_large_linears_go_to_the_library(bias: bool, relu: bool) -> None:
@@ -247,8 +274,9 @@ def test_large_linears_go_to_the_library(bias: bool, relu: bool) -> None:
     x = torch.randn(70, 512)
     x[3, 5] = torch.nan
     fused = fastseq.optimize(model)
-    with torch.no_grad():
-        torch.testing.assert_close(fused(x), model(x), equal_nan=True, rtol=1e-4, atol=1e-4)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(fused(x), model(x), equal_nan=True, rtol=1e-4, atol=1e-4)
     assert kernels_used(fused)[0] == "_addmm_activation"
 
 
