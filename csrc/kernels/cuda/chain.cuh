@@ -5,23 +5,11 @@
 // in which it is added up.
 #pragma once
 
+#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/ptx.h"
 
 namespace fastseq::cuda {
-
-template <Math kMath>
-struct ChainMath {
-  using Element = float;
-};
-template <>
-struct ChainMath<Math::kF16> {
-  using Element = Half;
-};
-template <>
-struct ChainMath<Math::kBF16> {
-  using Element = BFloat16;
-};
 
 FS_HOST_DEVICE constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 

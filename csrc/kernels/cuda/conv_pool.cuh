@@ -17,30 +17,12 @@
 // Sources: implicit GEMM, Chetlur et al., cuDNN (arXiv:1410.0759); fragment layouts, PTX ISA 8.x, "Matrix Fragments for mma".
 #pragma once
 
+#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/pack.cuh"
 #include "kernels/cuda/ptx.h"
 
 namespace fastseq::cuda {
-
-template <Math kMath>
-struct MathTraits;
-template <>
-struct MathTraits<Math::kIeee> {
-  using Element = float;
-};
-template <>
-struct MathTraits<Math::kTf32> {
-  using Element = float;
-};
-template <>
-struct MathTraits<Math::kF16> {
-  using Element = Half;
-};
-template <>
-struct MathTraits<Math::kBF16> {
-  using Element = BFloat16;
-};
 
 template <Math math, bool is_vector, int tile_m, int tile_n, int warps_m, int warps_n, int warps_k, int step_bytes, int stages>
 struct ConvTile {
@@ -50,7 +32,7 @@ struct ConvTile {
   static constexpr int kWarpsM = warps_m, kWarpsN = warps_n, kWarpsK = warps_k;
   static constexpr int kStepBytes = step_bytes, kStages = stages;
 
-  using Element = typename MathTraits<math>::Element;
+  using Element = ElementOf<math>;
   static constexpr int kElementBytes = sizeof(Element);
   static constexpr int kStep = kStepBytes / kElementBytes;  // elements of k in a stage
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN * kWarpsK;

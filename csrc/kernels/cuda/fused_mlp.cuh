@@ -38,7 +38,7 @@ constexpr int kResidentBytes = 96 << 10;  // so much shared memory is worth taki
 template <Math math, int width, int tiles_m, int most_threads>
 struct RegisterTile {
   static constexpr Math kMath = math;
-  using Element = typename ChainMath<math>::Element;
+  using Element = ElementOf<math>;
   static constexpr int kSize = static_cast<int>(sizeof(Element));
   static constexpr int kWidth = width;
   static constexpr int kMT = tiles_m;  // m16 tiles of a warp
@@ -349,7 +349,7 @@ fused_mlp_registers(FS_ARGS ChainArgs args) {
 template <Math math, int warps_m, int warps_n, int tiles_m, int tiles_n, int step_bytes>
 struct SharedTile {
   static constexpr Math kMath = math;
-  using Element = typename ChainMath<math>::Element;
+  using Element = ElementOf<math>;
   static constexpr int kSize = static_cast<int>(sizeof(Element));
   static constexpr int kWarpsM = warps_m, kWarpsN = warps_n;
   static constexpr int kMT = tiles_m, kNT = tiles_n;  // m16 and n8 tiles of a warp

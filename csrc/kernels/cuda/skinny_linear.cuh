@@ -126,7 +126,7 @@ constexpr int kSkinnyMmaOutputs = 16;  // of a block
 
 template <int kLoadBytes, Math kMath, int kRows>
 FS_DEVICE void multiply_skinny_mma(const ChainArgs& args, int first_n, int64_t first_row, float (&sums)[kRows / 8][2][4]) {
-  using Element = typename ChainMath<kMath>::Element;
+  using Element = ElementOf<kMath>;
   constexpr int kPieces = 4;                 // of a row, lane and step: two for each 128 bytes of a row
   constexpr int kApart = kSkinnyWarps * 64;  // a warp's 64 k, and its next 64
   const ChainArgs::Layer& layer = args.layers[0];
@@ -170,7 +170,7 @@ FS_DEVICE void multiply_skinny_mma(const ChainArgs& args, int first_n, int64_t f
 template <Math kMath, int kRows>
 FS_KERNEL(kSkinnyThreads, 2)
 skinny_linear_mma(FS_ARGS ChainArgs args) {
-  using Element = typename ChainMath<kMath>::Element;
+  using Element = ElementOf<kMath>;
   constexpr int kItems = kSkinnyMmaOutputs * kRows;
   const ChainArgs::Layer& layer = args.layers[0];
   const int first_n = static_cast<int>(blockIdx.x) * kSkinnyMmaOutputs;

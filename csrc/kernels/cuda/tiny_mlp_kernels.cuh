@@ -8,7 +8,7 @@ namespace fastseq::cuda {
 
 template <Math kMath, int kRows>
 struct TinyVariant {
-  using Element = typename ChainMath<kMath>::Element;
+  using Element = ElementOf<kMath>;
 
   static int64_t shared_bytes(const ChainArgs& args) {
     const int64_t floats =
