@@ -177,6 +177,7 @@ std::shared_ptr<const CudaRun::Entry> CudaRun::plan_for(const Key& key, const Pa
     entry->cublas_relu_keeps_nan = traits && traits->cublas_relu_keeps_nan;
     if (!traits || !traits->has_cudnn || !traits->cudnn_relu_keeps_nan) {
       options.allows_cudnn = key.allows_cudnn && traits && traits->has_cudnn;
+      options.allows_cublas = traits.has_value();  // their handles cannot be made while a call is captured
       options.trusts_cudnn_relu = false;
       entry->plan = make();
     }
