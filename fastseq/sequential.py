@@ -24,7 +24,7 @@ class FusedSequential(nn.Sequential):
     native kernels do not cover (gradients, hooks, other dtypes or devices, transforms, odd arguments) runs eager.
 
     Args:
-        input: whatever the first layer takes; float32 tensors on the CPU run fused, and on CUDA float16 and bfloat16 too.
+        input: whatever the first layer takes; float32 tensors run fused, and on CUDA float16 and bfloat16 too.
 
     Raises:
         whatever the layers raise in eager mode.
