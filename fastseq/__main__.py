@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastseq
-from fastseq import _env, _native
+from fastseq import _env, _native, cuda
 
 
 def cpu_model() -> str:
@@ -70,6 +70,7 @@ def collect() -> dict[str, Any]:
         "build": _native.module().build_info() if available else {},
         "isa": fastseq.isa(),
         "kernels": fastseq.kernels(),
+        "cuda_kernels": cuda.kernels(),
         "openmp": openmp_libraries(),
         "torch_cuda": torch.version.cuda,
         "gpus": gpus(),
@@ -97,11 +98,14 @@ def render(info: dict[str, Any]) -> str:
         ("openmp", f"{len(info['openmp'])} mapped: {', '.join(info['openmp']) or 'none'}"),
         ("gpu", gpu),
         ("environment", " ".join(f"{key}={value}" for key, value in info["environment"].items()) or "no FASTSEQ_*"),
-        ("kernels", str(len(info["kernels"]))),
+        ("kernels", str(len(info["kernels"]) + len(info["cuda_kernels"]))),
     ]
     lines = [f"{key:<15}{value}" for key, value in rows]
     for isa in supported:
         names = " ".join(kernel["name"] for kernel in info["kernels"] if kernel["isa"] == isa)
+        lines.append(textwrap.fill(names, 118, initial_indent="  ", subsequent_indent="  "))
+    if info["cuda_kernels"]:
+        names = " ".join(kernel["name"] for kernel in info["cuda_kernels"])
         lines.append(textwrap.fill(names, 118, initial_indent="  ", subsequent_indent="  "))
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ import torch
 from conftest import run_python
 
 import fastseq
+from fastseq import cuda
 from fastseq.__main__ import collect, main, render
 
 
@@ -19,7 +20,7 @@ def test_report_names_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     for fact in (fastseq.__version__, torch.__version__, fastseq.isa(), "threads", "openmp", "gpu"):
         assert fact in out
-    for kernel in fastseq.kernels():
+    for kernel in (*fastseq.kernels(), *cuda.kernels()):
         assert kernel["name"] in out
 
 

@@ -254,6 +254,7 @@ class CudaRun::Call {
           launch_cublas(launch, operands_[i]);
           break;
       }
+      if (is_library_call(launch)) check(nullptr, launch.kernel);
     }
     return plan_.launches().back().dst.place == Operand::Place::kHeld ? held_ : dst_;
   }
