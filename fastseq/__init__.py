@@ -1,15 +1,21 @@
 """fastseq: drop-in fused kernels for `torch.nn.Sequential`. `fast = fastseq.optimize(model)`."""
 
 from fastseq._native import native_available, native_error
-from fastseq.optimize import isa, kernels, optimize, refresh
-from fastseq.report import Report, explain, reset_stats, stats, verify
+from fastseq.controls import disabled, refresh, restore
+from fastseq.module import FusedModule
+from fastseq.optimize import isa, kernels, optimize
+from fastseq.report import Report, explain, reset_stats, stats
 from fastseq.sequential import FusedSequential
+from fastseq.verification import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedModule",
     "FusedSequential",
     "Report",
+    "Verification",
+    "disabled",
     "explain",
     "isa",
     "kernels",
@@ -18,6 +24,7 @@ __all__ = [
     "optimize",
     "refresh",
     "reset_stats",
+    "restore",
     "stats",
     "verify",
 ]

@@ -48,6 +48,11 @@ def native_error() -> str | None:
     return _load()[1] or None
 
 
+def is_loaded() -> bool:
+    """Whether the extension loads, switched off or not."""
+    return _load()[0] is not None
+
+
 def module() -> ModuleType:
     """The extension; ask `native_available` first."""
     extension, reason = _load()

@@ -18,12 +18,31 @@ KNOWN_LAYERS = {kind for pattern in PATTERNS for kind in pattern.types} | {nn.Fl
 FORWARDS = {kind: kind.forward for kind in KNOWN_LAYERS}
 
 
+# The key in a module's __dict__ that `optimize(exclude=...)` leaves: it goes with the module, also into copies.
+EXCLUDED = "_fastseq_excluded"
+
+
 @dataclass
 class Leaf:
-    """A layer as it is executed. A layer that stands twice in a Sequential is two leaves."""
+    """A layer as it is executed. A layer that stands twice in a Sequential is two leaves.
+
+    In a module's own forward a functional call is a leaf too: `layer` then is the layer that it stands for, `call` the
+    call itself. `is_view`: a Flatten that eager makes by `view`, which some memory formats do not allow;
+    `rows_features`: it gives rows of that many features, 0 for one row an image; `needs_native`: `call` is right only
+    where a native run would take the input.
+    """
 
     path: str
     layer: Any  # an nn.Module, or None where a Sequential holds None
+    call: Any = None
+    is_view: bool = False
+    rows_features: int = 0
+    needs_native: bool = False
+
+    @property
+    def runs(self) -> Any:
+        """What eager calls."""
+        return self.layer if self.call is None else self.call
 
 
 @dataclass
@@ -37,12 +56,17 @@ class Step:
 
 @dataclass
 class NativeSegment:
-    """Consecutive fused steps behind one native call. `leaves` includes what is free between them."""
+    """Consecutive fused steps behind one native call. `leaves` includes what is free between them.
+
+    `flattens_by_view`, `rows_features`: of its Flatten, as in Leaf.
+    """
 
     steps: list[Step]
     leaves: list[Leaf]
     flattens_input: bool = False
     flattens_output: bool = False
+    flattens_by_view: bool = False
+    rows_features: int = 0
 
 
 @dataclass
@@ -74,9 +98,14 @@ class Match:
         return any(getattr(type(layer), "cls_to_become", None) in KNOWN_LAYERS for layer in eager)
 
 
+def is_excluded(module: Any) -> bool:
+    """Whether `optimize` was told to leave the module eager."""
+    return EXCLUDED in getattr(module, "__dict__", ())
+
+
 def is_plain_sequential(module: Any, kinds: tuple[type, ...] = (nn.Sequential,)) -> bool:
-    """Whether calling `module` means calling its children in order: the exact type, no forward of its own."""
-    return type(module) in kinds and "forward" not in module.__dict__
+    """Whether calling `module` means calling its children in order: the exact type, no own forward, not excluded."""
+    return type(module) in kinds and "forward" not in module.__dict__ and not is_excluded(module)
 
 
 def flatten(sequential: nn.Module, kinds: tuple[type, ...], prefix: str = "") -> tuple[list[Leaf], list[nn.Module]]:
@@ -103,7 +132,7 @@ def has_own_forward(layer: Any) -> bool:
 
 def is_free(layer: Any) -> bool:
     """Whether the layer returns its argument unchanged."""
-    if has_own_forward(layer):
+    if has_own_forward(layer) or is_excluded(layer):
         return False
     if type(layer) is nn.Identity:
         return True
@@ -112,7 +141,7 @@ def is_free(layer: Any) -> bool:
 
 
 def is_flatten(layer: Any) -> bool:
-    if type(layer) is not nn.Flatten or has_own_forward(layer):
+    if type(layer) is not nn.Flatten or has_own_forward(layer) or is_excluded(layer):
         return False
     dims = (layer.start_dim, layer.end_dim)
     return dims == (1, -1) and all(type(dim) is int for dim in dims)
@@ -126,7 +155,7 @@ def match_pattern(leaves: Sequence[Leaf], table: Sequence[Pattern]) -> tuple[Pat
         if types[: len(pattern.types)] != pattern.types:
             continue
         layers = [leaf.layer for leaf in leaves[: len(pattern.types)]]
-        if any(has_own_forward(layer) for layer in layers):
+        if any(has_own_forward(layer) or is_excluded(layer) for layer in layers):
             continue
         refused = pattern.check(layers)
         if refused is None:
@@ -138,6 +167,10 @@ def match_pattern(leaves: Sequence[Leaf], table: Sequence[Pattern]) -> tuple[Pat
 
 def reason_for_unknown(layer: Any) -> str:
     name = type(layer).__name__
+    if is_excluded(layer):
+        return "excluded by optimize(exclude=...)"
+    if not isinstance(layer, nn.Module) and layer is not None:
+        return f"no fused kernel for {layer.name}()"
     if has_own_forward(layer):
         return f"this {name} has a forward of its own"
     for kind in KNOWN_LAYERS:
@@ -167,10 +200,13 @@ class _Run:
     def takes(self, pattern: Pattern) -> bool:
         return self.data in ("unknown", "images") if pattern.maps_images else self.data != "images"
 
-    def takes_flatten(self) -> bool:
-        return self.data != "rows"
+    def takes_flatten(self, leaf: Leaf) -> bool:
+        # Rows of features that are known to be rows stay what they are, but for a view to another number of features.
+        return self.data in ("unknown", "images") if leaf.rows_features else self.data != "rows"
 
     def add_flatten(self, leaf: Leaf) -> None:
+        if self.data in ("unknown", "images"):
+            self.segment.flattens_by_view, self.segment.rows_features = leaf.is_view, leaf.rows_features
         if self.data == "unknown":
             self.data = "flat input"
         elif self.data == "images":
@@ -196,6 +232,11 @@ class _Run:
 def match(sequential: nn.Module, kinds: tuple[type, ...], table: Sequence[Pattern] = PATTERNS) -> Match:
     """Segments of `sequential` in order. `kinds`: the container types that are flattened for execution."""
     leaves, nested = flatten(sequential, kinds)
+    return Match(cut(leaves, table), nested)
+
+
+def cut(leaves: Sequence[Leaf], table: Sequence[Pattern] = PATTERNS) -> list[Segment]:
+    """Segments of the layers in order."""
     segments: list[Segment] = []
     run = _Run()
 
@@ -217,7 +258,7 @@ def match(sequential: nn.Module, kinds: tuple[type, ...], table: Sequence[Patter
             i += 1
             continue
         if is_flatten(leaf.layer):
-            if not run.takes_flatten():
+            if not run.takes_flatten(leaf):
                 close()
             run.add_flatten(leaf)
             i += 1
@@ -235,7 +276,7 @@ def match(sequential: nn.Module, kinds: tuple[type, ...], table: Sequence[Patter
         while seen < len(pattern.types):
             seen += not is_free(leaves[end].layer)
             end += 1
-        run.add_step(pattern, leaves[i:end])
+        run.add_step(pattern, list(leaves[i:end]))
         i = end
     close()
-    return Match(segments, nested)
+    return segments

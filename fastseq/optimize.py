@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import logging
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import nn
 
 from fastseq import _env, _native
-from fastseq.matcher import is_plain_sequential, match
-from fastseq.sequential import FusedSequential, compiled_of
+from fastseq.controls import restore
+from fastseq.matcher import EXCLUDED, is_excluded, is_plain_sequential, match
+from fastseq.module import FusedModule, fuse
+from fastseq.sequential import COMPILED, KINDS, FusedSequential
 
 log = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def optimize(model: ModelT) -> ModelT:
+def optimize(model: ModelT, *, exclude: Iterable[str] = (), inplace: bool = False) -> ModelT:
     """A copy of `model` whose `nn.Sequential`s run known layer runs with fused kernels.
 
     Every `nn.Sequential` (exactly that type, at any depth) that holds Conv2d/ReLU/MaxPool2d or Linear/ReLU runs
-    becomes a `FusedSequential` with the same children, names, `state_dict` keys and results. The given model is not
-    changed, and the copy shares nothing with it. Nothing is compiled; weights are packed at the first call and follow
-    every later change.
+    becomes a `FusedSequential` with the same children, names, `state_dict` keys and results. A module whose own
+    `forward` is a straight line through such layers and functional calls runs as one plan (`FusedModule`). The given
+    model is not changed, and the copy shares nothing with it. Nothing is compiled; weights are packed at the first call
+    and follow every later change.
 
     Args:
         model: any `nn.Module`. Fused kernels run outside autograd, for float32 tensors on the CPU and for float32,
             float16 and bfloat16 tensors on CUDA; everything else runs eager.
+        exclude: names of modules inside, as `model.named_modules()` gives them (`"features.0"`), that stay eager with
+            all that is in them; `""` is the model itself. Modules excluded before stay so until `restore`.
+        inplace: change the given model itself instead of a copy.
 
     Returns:
-        The copy. Of a model that is optimised already: a copy that is optimised as well.
+        The copy, or the model itself with `inplace`. Of a model that is optimised already: optimised as well.
 
     Raises:
-        TypeError: `model` is not an `nn.Module`.
+        TypeError: `model` is not an `nn.Module`, or `exclude` is one string or holds something else than strings.
+        ValueError: a name in `exclude` is no module's.
         Exception: whatever `copy.deepcopy(model)` raises, for models that cannot be copied.
     """
     if not isinstance(model, nn.Module):
@@ -46,29 +55,43 @@ def optimize(model: ModelT) -> ModelT:
     _native.warn_once()
     for read in (_env.isa_cap, _env.preferred_kernel, _env.check):
         read()  # a bad FASTSEQ_* value is reported here, not in the middle of a forward pass
-    copied = copy.deepcopy(model)
-    kinds = (nn.Sequential, FusedSequential)
-    for path, module in copied.named_modules():
-        if not is_plain_sequential(module):
+    excluded = _excluded(model, exclude)
+    result = model if inplace else copy.deepcopy(model)
+    for path in excluded:
+        # Also what is optimised already becomes plain, and then is marked.
+        for module in restore(result.get_submodule(path)).modules():
+            module.__dict__[EXCLUDED] = True
+    for path, module in result.named_modules():
+        module.__dict__.pop(COMPILED, None)  # plans from before may hold what is excluded now
+        if is_excluded(module):
             continue
-        found = match(module, kinds)
-        if found.has_native or found.may_become_native:
-            # Of the ways to install a forward this one keeps pickle, deepcopy, state_dict and DataParallel working.
-            module.__class__ = FusedSequential
-            log.debug("fused: %s", path or "the model itself")
-    return copied
+        if is_plain_sequential(module):
+            found = match(module, KINDS)
+            if found.has_native or found.may_become_native:
+                # Of the ways to install a forward this one keeps pickle, deepcopy, state_dict and DataParallel working.
+                module.__class__ = FusedSequential
+                log.debug("fused: %s", path or "the model itself")
+        elif not isinstance(module, nn.Sequential):
+            fuse(module)
+            if isinstance(module, FusedModule):
+                log.debug("forward as one plan: %s", path or "the model itself")
+    return result
 
 
-def refresh(model: nn.Module) -> None:
-    """Drop all packed weights of an optimised model, so that the next call packs the weights as they are then.
-
-    Needed only after writes that no check can see cheaply: a few elements of a large weight changed behind autograd's
-    back (through `.data`, a NumPy alias or a raw pointer). All ordinary updates are noticed without it.
-    """
-    for module in model.modules():
-        compiled = compiled_of(module)
-        if compiled is not None:
-            compiled.refresh()
+def _excluded(model: nn.Module, exclude: Iterable[str]) -> list[str]:
+    """The names in `exclude`, once it is sure that they are modules'."""
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude expects a collection of module names, got one string; did you mean [{exclude!r}]?")
+    names = list(exclude)
+    known = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"exclude expects names of modules, got {type(name).__name__}")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.named_modules()"
+            raise ValueError(f"exclude names {name!r}, which is no module of this model; {hint}")
+    return names
 
 
 def isa() -> str:

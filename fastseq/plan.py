@@ -7,9 +7,11 @@ from typing import Any
 from torch import nn
 
 from fastseq import _env, _native
+from fastseq.loading import Load
 from fastseq.matcher import EagerSegment, Match, NativeSegment
 from fastseq.patterns.base import ATTRIBUTES, PARAMETERS
 from fastseq.program import CheckedProgram, LoggedProgram, ProgramSegment, add_stats
+from fastseq.straight_line import Container, StraightLine
 
 
 def watch(layer: nn.Module, is_fused: bool = True) -> Any:
@@ -43,6 +45,8 @@ def native_run(segment: NativeSegment) -> Any:
         watches,
         segment.flattens_input,
         segment.flattens_output,
+        segment.flattens_by_view,
+        segment.rows_features,
         isa=_env.isa_cap() or "",
         kernel=_env.preferred_kernel() or "",
         checks=_env.check(),
@@ -52,39 +56,47 @@ def native_run(segment: NativeSegment) -> Any:
 class CompiledMatch:
     """A match with its native runs, and the program that executes both.
 
-    `before`: what the owner ran so far; its counters are carried on.
+    `before`: what the owner ran so far; its counters are carried on. `line`: where the match is that of a forward.
     """
 
-    def __init__(self, owner: nn.Module, match: Match, before: CompiledMatch | None = None) -> None:
+    def __init__(
+        self, owner: nn.Module, match: Match, before: CompiledMatch | None = None, line: StraightLine | None = None
+    ) -> None:
         self.match = match
         self.past = add_stats([]) if before is None else before.stats()
+        self.past_declined = {} if before is None else before.declined()
         self.runs = [native_run(s) if isinstance(s, NativeSegment) else None for s in match.segments]
         module = _native.module()
         containers = [
-            module.ModuleWatch(c, [], [], tuple(c._modules.values()), is_owner=c is owner)
-            for c in (owner, *match.nested)
+            # A child of the same name in __dict__ would hide the registered one, as for parameters.
+            module.ModuleWatch(
+                c.module, c.attributes, c.children, tuple(c.module._modules.values()), is_owner=c.module is owner
+            )
+            for c in (line.containers if line else map(Container, (owner, *match.nested)))
         ]
+        forwards = [module.ForwardWatch(f.function, f.names) for f in (line.forwards if line else ())]
         segments: list[ProgramSegment] = []
         for run, segment in zip(self.runs, match.segments, strict=True):
             if isinstance(segment, EagerSegment):
-                layer = segment.leaf.layer
+                layer = segment.leaf.runs
                 # Dropout back in eval mode, an attribute set back, a lazy layer materialised: worth a new match.
                 watched = watch(layer, is_fused=False) if isinstance(layer, nn.Module) else None
                 segments.append((None, [layer], watched))
             else:
-                segments.append((run, [leaf.layer for leaf in segment.leaves], None))
+                segments.append((run, [leaf.runs for leaf in segment.leaves], None))
         make = CheckedProgram if _env.check() else module.Program
-        self.program: Any = make(owner, containers, segments)
+        self.program: Any = make(owner, containers, segments, forwards)
         if _env.verbose():
             self.program = LoggedProgram(self.program, [run for run in self.runs if run is not None])
         self.call = self.program.call
+        self.attempt = self.program.attempt
         self.refused = module.Refused
 
     def stats(self) -> dict[str, Any]:
         return add_stats([self.past, self.program.stats()])
 
     def reset_stats(self) -> None:
-        self.past = add_stats([])
+        self.past, self.past_declined = add_stats([]), {}
         self.program.reset_stats()
 
     def is_current(self, owner: nn.Module) -> bool:
@@ -95,6 +107,18 @@ class CompiledMatch:
         for run in self.runs:
             if run is not None:
                 run.forget_last_plan()
+
+    def hold(self, load: Load | None) -> None:
+        """Answer other threads with the weights of now until `load`, which is about to change them, ends."""
+        if load is not None:
+            for run in self.runs:
+                if run is not None:
+                    run.hold(load)
+
+    def declined(self) -> dict[str, int]:
+        """Why and how often the whole forward was left to Python."""
+        now = self.program.stats().get("declined", {})
+        return {r: self.past_declined.get(r, 0) + now.get(r, 0) for r in {**self.past_declined, **now}}
 
     def refresh(self) -> None:
         for run in self.runs:

@@ -1,7 +1,7 @@
 """Around `_C.Program`, which runs the segments of one Sequential: its counters, and its stand-ins for debugging.
 
 A program has `call(module, input)` for the fast lane of FusedSequential, `forward(module, input)`,
-`is_current(module)`, `stats()` and `reset_stats()`.
+`attempt(module, input)` for a FusedModule, `is_current(module)`, `stats()` and `reset_stats()`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ def add_stats(all_stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
 class CheckedProgram:
     """`_C.Program` for FASTSEQ_CHECK=1: segment by segment, each native result compared with its layers run eager."""
 
-    def __init__(self, owner: nn.Module, containers: list[Any], segments: list[ProgramSegment]) -> None:
+    def __init__(
+        self, owner: nn.Module, containers: list[Any], segments: list[ProgramSegment], forwards: list[Any]
+    ) -> None:
         module = _native.module()
         self._refused = module.Refused
         # An eager segment is a program of its own too, so that every refusal is the engine's.
-        self._parts = [(module.Program(owner, containers, [s]), s[0], s[1]) for s in segments]
+        self._parts = [(module.Program(owner, containers, [s], forwards), s[0], s[1]) for s in segments]
+        self._whole = module.Program(owner, containers, segments, forwards)  # never run
 
     def call(self, module: nn.Module, input: Any) -> Any:
         """Always refuses: each call goes through `forward`."""
@@ -62,6 +65,10 @@ class CheckedProgram:
                 assert_close_to_eager(output, expected, layers)
             value = output
         return value
+
+    def attempt(self, module: nn.Module, input: Any) -> Any:
+        reason = self._whole.refuses(module, input)
+        return self.forward(module, input) if reason is None else reason
 
     def is_current(self, module: nn.Module) -> bool:
         return all(program.is_current(module) for program, _, _ in self._parts)
@@ -116,9 +123,15 @@ class LoggedProgram:
         return self._refused
 
     def forward(self, module: nn.Module, input: Any) -> Any:
+        return self._logged(self._program.forward, module, input)
+
+    def attempt(self, module: nn.Module, input: Any) -> Any:
+        return self._logged(self._program.attempt, module, input)
+
+    def _logged(self, method: Any, module: nn.Module, input: Any) -> Any:
         before = self._program.stats()["fallbacks"]
         try:
-            return self._program.forward(module, input)
+            return method(module, input)
         finally:
             self._log_news(before)
 

@@ -1,4 +1,4 @@
-"""What was decided, and how it prints: explain, stats, verify."""
+"""What was decided, and how it prints: explain, stats."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastseq import _native
-from fastseq.matcher import EagerSegment, Match, match
+from fastseq.matcher import EagerSegment, Leaf, Match, is_excluded, match
+from fastseq.module import is_fused_class, match_forward, refuse_class
 from fastseq.optimize import isa
 from fastseq.plan import CompiledMatch
 from fastseq.program import add_stats
-from fastseq.reference import plain_copy
-from fastseq.sequential import FusedSequential, compiled_of
+from fastseq.sequential import KINDS, FusedSequential, compiled_of
 
 
 class Report:
@@ -25,7 +25,12 @@ class Report:
         self._data = data
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: {"isa", "native_error", "sequentials": [{"path", "fused", "note", "segments"}], "fallbacks"}."""
+        """JSON-able: {"isa", "native_error", "sequentials", "forwards", "fallbacks"}.
+
+        "sequentials" and "forwards" are lists of {"path", "fused", "note", "segments"}: one for each Sequential, and
+        one for each other module that has something to fuse inside and a forward of its own. "segments" are native
+        runs and eager layers in order. A forward that does not run as one plan has none, and "note" says why.
+        """
         return copy.deepcopy(self._data)
 
     def __repr__(self) -> str:
@@ -36,9 +41,9 @@ class Report:
         error = data["native_error"]
         lines = [f"fastseq: kernels for {data['isa']}" if error is None else f"fastseq: everything runs eager: {error}"]
         rows = [("layers", "runs as", "kernel", "output", "why")]
-        for sequential in data["sequentials"]:
-            rows.append((sequential["path"] or "(model)", "", "", "", sequential["note"]))
-            for segment in sequential["segments"]:
+        for entry in data["forwards"] + data["sequentials"]:
+            rows.append((entry["path"] or "(model)", "", "", "", entry["note"]))
+            for segment in entry["segments"]:
                 if segment["kind"] == "eager":
                     rows.append((f"  {segment['layer']}", "eager", "", "", segment["reason"]))
                     continue
@@ -48,7 +53,7 @@ class Report:
                         (mark + " ".join(step["layers"]), step["name"], step["kernel"], step["output"], step["note"])
                     )
         if len(rows) == 1:
-            lines.append("the model holds no nn.Sequential: nothing to fuse")
+            lines.append("the model holds no nn.Sequential and no other layers to fuse")
         else:
             widths = [max(len(row[column]) for row in rows) for column in range(4)]
             for row in rows:
@@ -75,23 +80,38 @@ def explain(model: nn.Module, x: Any = None) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastseq.explain expects a torch.nn.Module, got {type(model).__name__}")
     fallbacks: dict[str, int] = {}
+    declined: dict[int, str] = {}
     if x is not None:
-        before = stats(model)["fallbacks"]
+        before, declined_before = stats(model)["fallbacks"], _declined(model)
         for compiled in _all_compiled(model):
             compiled.forget_last_plans()
         with torch.no_grad():
             model(x)
-        after = stats(model)["fallbacks"]
-        fallbacks = {r: n - before.get(r, 0) for r, n in after.items() if n > before.get(r, 0)}
-    sequentials = []
+        fallbacks = news(before, stats(model)["fallbacks"])
+        for key, reasons in _declined(model).items():
+            declined.update((key, reason) for reason in news(declined_before.get(key, {}), reasons))
+    sequentials, forwards = [], []
     inside: dict[int, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Sequential):
             sequentials.append(_describe(path, module, inside))
+        elif entry := _describe_forward(path, module, inside, declined.get(id(module), "")):
+            forwards.append(entry)
     error = _native.native_error()
     engine = "CUDA" if any(parameter.is_cuda for parameter in model.parameters()) else isa()
-    data = {"isa": engine, "native_error": error, "sequentials": sequentials, "fallbacks": fallbacks}
+    data = {
+        "isa": engine,
+        "native_error": error,
+        "sequentials": sequentials,
+        "forwards": forwards,
+        "fallbacks": fallbacks,
+    }
     return Report(data)
+
+
+def news(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    """What `after` counts more than `before`."""
+    return {reason: n - before.get(reason, 0) for reason, n in after.items() if n > before.get(reason, 0)}
 
 
 def _describe(path: str, module: nn.Sequential, inside: dict[int, str]) -> dict[str, Any]:
@@ -99,13 +119,16 @@ def _describe(path: str, module: nn.Sequential, inside: dict[int, str]) -> dict[
     if id(module) in inside:
         entry["note"] = f"runs inside {inside[id(module)] or '(model)'}"
         return entry
-    if type(module) not in (nn.Sequential, FusedSequential):
+    if is_excluded(module):
+        entry["note"] = "excluded by optimize(exclude=...)"
+        return entry
+    if type(module) not in KINDS:
         entry["note"] = f"{type(module).__name__} is a subclass of nn.Sequential; it keeps its own forward"
         return entry
     compiled = compiled_of(module)
     if compiled is not None and not compiled.is_current(module):
         compiled = None
-    found = match(module, (nn.Sequential, FusedSequential)) if compiled is None else compiled.match
+    found = match(module, KINDS) if compiled is None else compiled.match
     entry["segments"] = list(_segments(found, compiled))
     if not found.has_native:
         entry["note"] = "nothing to fuse"
@@ -116,12 +139,42 @@ def _describe(path: str, module: nn.Sequential, inside: dict[int, str]) -> dict[
     return entry
 
 
+def _describe_forward(path: str, module: nn.Module, inside: dict[int, str], declined: str) -> dict[str, Any] | None:
+    """Of a module with a forward of its own, None where there is nothing to tell. `declined`: why its last call was."""
+    entry: dict[str, Any] = {"path": path, "fused": is_fused_class(type(module)), "note": "", "segments": []}
+    if id(module) in inside:
+        entry["note"] = f"runs inside {inside[id(module)] or '(model)'}"
+        return entry
+    if type(module).__module__.split(".")[0] == "torch" or is_excluded(module) or not module._modules:
+        return None
+    compiled = compiled_of(module)
+    if compiled is not None and not compiled.is_current(module):
+        compiled = None
+    found = match_forward(module)
+    if isinstance(found, str) or declined:
+        reason = declined or found
+        entry["note"] = f"runs as it is, each Sequential in it by itself: {reason}"
+        return entry if any(isinstance(child, nn.Sequential) for child in module.modules()) else None
+    if not entry["fused"]:
+        refused = refuse_class(module)
+        entry["note"] = (
+            "not optimised: fastseq.optimize would run its forward as one plan"
+            if refused is None
+            else f"runs as it is, each Sequential in it by itself: {refused}"
+        )
+        return entry
+    entry["note"] = "its forward is a straight line: runs as one plan"
+    made = found[0] if compiled is None else compiled.match
+    entry["segments"] = list(_segments(made, compiled))
+    inside.update((id(container), path) for container in made.nested)
+    return entry
+
+
 def _segments(found: Match, compiled: CompiledMatch | None) -> Iterator[dict[str, Any]]:
     runs = compiled.runs if compiled is not None else [None] * len(found.segments)
     for segment, run in zip(found.segments, runs, strict=True):
         if isinstance(segment, EagerSegment):
-            layer = f"{segment.leaf.path}: {type(segment.leaf.layer).__name__}"
-            yield {"kind": "eager", "layer": layer, "reason": segment.reason}
+            yield {"kind": "eager", "layer": _layer_text(segment.leaf), "reason": segment.reason}
             continue
         plan = None if run is None else run.describe()
         native = [{}] * len(segment.steps) if plan is None else plan["steps"]
@@ -140,13 +193,36 @@ def _segments(found: Match, compiled: CompiledMatch | None) -> Iterator[dict[str
         yield {"kind": "native", "steps": steps, "scratch_bytes": None if plan is None else plan["scratch_bytes"]}
 
 
+def _layer_text(leaf: Leaf) -> str:
+    return f"{leaf.path}: {type(leaf.layer).__name__}" if leaf.call is None else f"{leaf.path}()"
+
+
 def stats(model: nn.Module) -> dict[str, Any]:
-    """Counters of all FusedSequentials since the last reset.
+    """Counters of an optimised model since the last reset.
 
     Returns:
         {"fused_calls": native calls made, "eager_calls": calls that ran eager instead, "fallbacks": {reason: count}}.
+        A forward that does not run as one plan counts only where no Sequential inside counts for itself.
     """
-    return add_stats(compiled.stats() for compiled in _all_compiled(model))
+    return add_stats(_counters(module) for module in model.modules())
+
+
+def _counters(module: nn.Module) -> dict[str, Any]:
+    compiled = compiled_of(module)
+    if compiled is None:
+        return add_stats([])
+    counters = compiled.stats()
+    if is_fused_class(type(module)) and not any(type(child) is FusedSequential for child in module.modules()):
+        declined = compiled.declined()
+        counters = add_stats(
+            [counters, {"fused_calls": 0, "eager_calls": sum(declined.values()), "fallbacks": declined}]
+        )
+    return counters
+
+
+def _declined(model: nn.Module) -> dict[int, dict[str, int]]:
+    """By id of the module: why and how often a forward did not run as one plan."""
+    return {id(m): compiled.declined() for m in model.modules() if (compiled := compiled_of(m)) is not None}
 
 
 def reset_stats(model: nn.Module) -> None:
@@ -157,36 +233,3 @@ def reset_stats(model: nn.Module) -> None:
 
 def _all_compiled(model: nn.Module) -> list[CompiledMatch]:
     return [compiled for compiled in map(compiled_of, model.modules()) if compiled is not None]
-
-
-def verify(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Errors of the optimised model and of eager against a float64 copy, on one input.
-
-    Args:
-        model: an optimised model whose forward takes one tensor and returns one; put it in eval mode.
-        x: float32 input.
-
-    Returns:
-        {"max_abs_error", "eager_max_abs_error", "scale": largest magnitude of the float64 result, "ratio": error over
-        eager's error, "fused_calls", "fallbacks"}. A ratio near 1 means as accurate as eager; both errors are rounding.
-    """
-    reset = stats(model)
-    with torch.no_grad():
-        actual = model(x)
-        eager = plain_copy(model)(x)
-        exact = plain_copy(model).double()(x.double())
-    after = stats(model)
-    error = (actual.double() - exact).abs().max().item()
-    eager_error = (eager.double() - exact).abs().max().item()
-    return {
-        "max_abs_error": error,
-        "eager_max_abs_error": eager_error,
-        "scale": exact.abs().max().item(),
-        "ratio": error / eager_error if eager_error else (0.0 if error == 0 else float("inf")),
-        "fused_calls": after["fused_calls"] - reset["fused_calls"],
-        "fallbacks": {
-            r: n - reset["fallbacks"].get(r, 0)
-            for r, n in after["fallbacks"].items()
-            if n > reset["fallbacks"].get(r, 0)
-        },
-    }

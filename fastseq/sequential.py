@@ -9,12 +9,13 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from fastseq import _native
+from fastseq.loading import current_load
 from fastseq.matcher import match
 from fastseq.plan import CompiledMatch
 from fastseq.program import CHANGED
 
 # The key in __dict__ of what belongs to this process and object: never copied or pickled.
-_COMPILED = "_fastseq_compiled"
+COMPILED = "_fastseq_compiled"
 
 
 class FusedSequential(nn.Sequential):
@@ -33,7 +34,7 @@ class FusedSequential(nn.Sequential):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The fast lane: nn.Module.__call__ alone takes longer than a small network.
         if not is_compiling() and len(args) == 1 and not kwargs:
-            compiled = self.__dict__.get(_COMPILED)
+            compiled = self.__dict__.get(COMPILED)
             if compiled is not None:
                 output = compiled.call(self, args[0])
                 if output is not compiled.refused:
@@ -56,7 +57,7 @@ class FusedSequential(nn.Sequential):
     def _fastseq_forward(self, input: Any) -> Any:
         if is_compiling():
             return super().forward(input)
-        compiled = self.__dict__.get(_COMPILED)
+        compiled = self.__dict__.get(COMPILED)
         if compiled is None:
             compiled = self._fastseq_compile()
         if compiled is None:
@@ -71,20 +72,30 @@ class FusedSequential(nn.Sequential):
 
     def _fastseq_compile(self) -> CompiledMatch | None:
         """Match the layers as they are now. None if the native engine is unavailable or switched off."""
-        before = self.__dict__.pop(_COMPILED, None)
+        before = self.__dict__.pop(COMPILED, None)
         if not _native.native_available():
             return None
-        compiled = CompiledMatch(self, match(self, (nn.Sequential, FusedSequential)), before)
-        self.__dict__[_COMPILED] = compiled
+        compiled = CompiledMatch(self, match(self, KINDS), before)
+        self.__dict__[COMPILED] = compiled
         return compiled
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        compiled = self.__dict__.get(COMPILED)
+        if compiled is not None:
+            compiled.hold(current_load())
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _get_name(self) -> str:
         return "FusedSequential"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != _COMPILED}
+        return {key: value for key, value in self.__dict__.items() if key != COMPILED}
+
+
+# What is flattened for execution.
+KINDS = (nn.Sequential, FusedSequential)
 
 
 def compiled_of(module: nn.Module) -> CompiledMatch | None:
-    """The compiled match that `module` used last, None before its first call and for any other module."""
-    return module.__dict__.get(_COMPILED) if type(module) is FusedSequential else None
+    """The compiled match that `module` used last, None before its first call and for modules that have none."""
+    return module.__dict__.get(COMPILED)

@@ -53,12 +53,13 @@ def test_large_networks_are_as_accurate_as_eager(case: ModelCase) -> None:
 
 
 @each_network
-def test_every_layer_is_fused_into_one_call_per_sequential(case: ModelCase) -> None:
+def test_every_layer_is_fused_into_one_call(case: ModelCase) -> None:
     fused = fastseq.optimize(case.build())
     with torch.no_grad():
         fused(case.example(1))
-    runs = [sequential["segments"] for sequential in fastseq.explain(fused).to_dict()["sequentials"]]
-    assert [[segment["kind"] for segment in segments] for segments in runs] == [["native"]] * len(runs)
+    data = fastseq.explain(fused).to_dict()
+    runs = [entry["segments"] for entry in data["forwards"] + data["sequentials"] if "inside" not in entry["note"]]
+    assert [[segment["kind"] for segment in segments] for segments in runs] == [["native"]]
     assert fastseq.stats(fused) == {"fused_calls": len(runs), "eager_calls": 0, "fallbacks": {}}
 
 
@@ -100,7 +101,7 @@ def test_inference_mode_gives_the_same(case: ModelCase) -> None:
 def test_seed3_between_its_sequentials_is_what_view_needs() -> None:
     """Its forward calls `x.view(...)` on what a fused Sequential returns, so that must be contiguous."""
     fused = fastseq.optimize(MODELS["seed3"].build())
-    assert type(fused) is TwoStageConvNet
+    assert isinstance(fused, TwoStageConvNet)
     with torch.no_grad():
         between = fused.layer2(fused.layer1(MODELS["seed3"].example(3)))
     assert between.is_contiguous()
@@ -109,6 +110,8 @@ def test_seed3_between_its_sequentials_is_what_view_needs() -> None:
 @each_small
 def test_verify_finds_rounding_only(case: ModelCase) -> None:
     fused = fastseq.optimize(case.build())
-    found = fastseq.verify(fused, case.example(4))
-    assert found["fused_calls"] > 0 and not found["fallbacks"]
+    verification = fastseq.verify(fused, case.example(4))
+    found = verification.to_dict()
+    assert verification.ok and found["fused_calls"] > 0 and not found["fallbacks"]
+    assert all(step["ok"] and step["is_fused"] and step["kernel"] for step in found["steps"])
     assert 0 < found["max_abs_error"] < 1e-5 * found["scale"]

@@ -134,7 +134,18 @@ class Refused(NamedTuple):
 
 
 IMAGE, ROWS = (2, 4, 9, 8), (3, 6)
+def excluded(layer: nn.Module) -> nn.Module:
+    """As optimize(exclude=...) marks a layer of its copy."""
+    layer.__dict__[matcher.EXCLUDED] = True
+    return layer
+
+
 REFUSED: dict[str, Refused] = {
+    "excluded": Refused(
+        lambda: [excluded(nn.Conv2d(4, 4, 3))],
+        IMAGE,
+        "excluded by optimize(exclude=...)",
+    ),
     "conv2d padding_mode": Refused(
         lambda: [nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")],
         IMAGE,

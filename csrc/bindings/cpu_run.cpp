@@ -49,17 +49,22 @@ uint64_t CpuRun::fingerprint(const at::Tensor& tensor) const {
   return hash;
 }
 
-const CpuRun::Entry& CpuRun::plan_for(const Signature& signature, const Parameters& parameters) {
+const CpuRun::Entry* CpuRun::find(const Signature& signature) {
   for (size_t i = 0; i < plans_.size(); ++i) {
     if (!(plans_[i].signature == signature)) continue;
     if (i > 0)
       std::rotate(plans_.begin(), plans_.begin() + static_cast<std::ptrdiff_t>(i),
                   plans_.begin() + static_cast<std::ptrdiff_t>(i) + 1);
-    return plans_.front();
+    return &plans_.front();
   }
+  return nullptr;
+}
+
+const CpuRun::Entry& CpuRun::plan_for(const Signature& signature, const Parameters& parameters) {
+  if (const Entry* const entry = find(signature)) return *entry;
   // Contiguous copies live until the weights are packed.
   std::vector<at::Tensor> weights = parameters.weights(), biases = parameters.biases();
-  SizedSteps sized = size_steps(steps_, weights, biases, signature);
+  SizedSteps sized = size_steps(steps_, weights, biases, signature, shape_);
   for (size_t i = 0; i < steps_.size(); ++i) {
     if (!weights[i].defined()) continue;
     weights[i] = weights[i].contiguous();
@@ -79,8 +84,24 @@ const CpuRun::Entry& CpuRun::plan_for(const Signature& signature, const Paramete
   return plans_.front();
 }
 
+void CpuRun::pack_again(const Parameters& parameters) {
+  std::vector<Signature> signatures;
+  for (const Entry& entry : plans_) signatures.push_back(entry.signature);
+  forget_plans();
+  for (auto signature = signatures.rbegin(); signature != signatures.rend(); ++signature) plan_for(*signature, parameters);
+}
+
 at::Tensor CpuRun::call(const at::Tensor& input, const InputView& view, const Parameters& parameters) {
-  const Entry& entry = plan_for(view.signature, parameters);
+  return run(plan_for(view.signature, parameters), input, view);
+}
+
+std::optional<at::Tensor> CpuRun::call_as_planned(const at::Tensor& input, const InputView& view) {
+  const Entry* const entry = find(view.signature);
+  if (!entry) return std::nullopt;
+  return run(*entry, input, view);
+}
+
+at::Tensor CpuRun::run(const Entry& entry, const at::Tensor& input, const InputView& view) {
   const PlanPtr plan = entry.plan;
   const OutputSpec& output = plan->output();
   check_unbatched(view, shape_, output, entry.output_is_nhwc);

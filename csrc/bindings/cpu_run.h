@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,7 +20,13 @@ class CpuRun {
   // The result of a call whose input and parameters passed the gate. Throws Refusal. Releases the GIL while the kernels work.
   at::Tensor call(const at::Tensor& input, const InputView& view, const Parameters& parameters);
 
+  // The same with the weights that are packed already, whatever became of the parameters; nothing if no plan is for this input.
+  std::optional<at::Tensor> call_as_planned(const at::Tensor& input, const InputView& view);
+  // Makes the plans there are anew from other weights. Throws Refusal, and then there are fewer.
+  void pack_again(const Parameters& parameters);
+
   uint64_t fingerprint(const at::Tensor& tensor) const;
+  bool has_plans() const { return !plans_.empty(); }
   void forget_plans();  // and packed weights
   void forget();        // and what was run last
 
@@ -35,7 +42,9 @@ class CpuRun {
     bool output_is_nhwc;
   };
 
+  const Entry* find(const Signature& signature);
   const Entry& plan_for(const Signature& signature, const Parameters& parameters);
+  at::Tensor run(const Entry& entry, const at::Tensor& input, const InputView& view);
 
   const std::vector<StepSource>& steps_;
   const RunShape shape_;

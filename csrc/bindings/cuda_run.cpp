@@ -54,7 +54,7 @@ void prepare_kernels(const CudaPlan& plan, c10::Device device) {
 CudaPlanPtr make_cuda_plan(const std::vector<StepSource>& steps, const std::vector<at::Tensor>& weights,
                            const std::vector<at::Tensor>& biases, const Signature& signature, const RunShape& shape,
                            CudaPlanRequest& request) {
-  const SizedSteps sized = size_steps(steps, weights, biases, signature);
+  const SizedSteps sized = size_steps(steps, weights, biases, signature, shape);
   std::vector<WeightLayout> layouts;
   for (const at::Tensor& weight : weights) {
     WeightLayout layout;

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <set>
+#include <utility>
 
 #include "kernels/cuda/kernels.h"
 
@@ -36,7 +37,12 @@ bool has_tangent(const at::Tensor& tensor) {
 
 constexpr Reason kTangent = "forward-mode differentiation is active";
 
+thread_local bool disabled = false;
+
 }  // namespace
+
+bool set_disabled(bool is_disabled) { return std::exchange(disabled, is_disabled); }
+bool is_disabled() { return disabled; }
 
 Reason lasting(const std::string& text) {
   static auto* const texts = new std::set<std::string>;

@@ -20,6 +20,10 @@ Backend backend_of(const at::Tensor& input);
 // The tensor behind a torch.Tensor or Parameter, or null for anything else: subclasses, proxies and non-tensors go to eager.
 const at::Tensor* exact_tensor(PyObject* object);
 
+// Whether everything that this thread calls is to run eager; returns what was so before.
+bool set_disabled(bool is_disabled);
+bool is_disabled();
+
 // A mode that must see every operation: __torch_function__ modes, tracing, autocast, functorch, dispatch modes.
 Reason active_mode(c10::DeviceType device);
 

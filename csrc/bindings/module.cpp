@@ -90,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("allows_tf32_linear") = false, py::arg("allows_cudnn") = true, py::arg("trusts_cudnn_relu") = true,
         py::arg("allows_cublas") = true, py::arg("kernel") = "",
         "The launches of a run on a CUDA device that need not be there. weights, biases, input: tensors of any device.");
+  m.def("set_disabled", set_disabled, py::arg("is_disabled"), "Run all calls of this thread eager; returns what was so before.");
   m.def("fma_peak", fma_peak, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 
   py::class_<ModuleWatch, std::shared_ptr<ModuleWatch>>(m, "ModuleWatch")
@@ -97,16 +98,24 @@ PYBIND11_MODULE(_C, m) {
            py::arg("module"), py::arg("attributes"), py::arg("parameters"), py::arg("children") = py::none(),
            py::arg("is_owner") = false);
 
+  py::class_<ForwardWatch, std::shared_ptr<ForwardWatch>>(m, "ForwardWatch")
+      .def(py::init<py::object, const std::vector<std::tuple<py::dict, py::str, py::object>>&>(), py::arg("function"),
+           py::arg("names"));
+
   py::class_<NativeRun, std::shared_ptr<NativeRun>>(m, "NativeRun")
       .def(py::init([](const std::vector<py::dict>& steps, std::vector<std::shared_ptr<ModuleWatch>> watches, bool flattens_input,
-                       bool flattens_output, const std::string& isa, const std::string& kernel, bool checks) {
+                       bool flattens_output, bool flattens_by_view, int64_t rows_features, const std::string& isa,
+                       const std::string& kernel, bool checks) {
              std::vector<StepSource> sources;
              for (const py::dict& step : steps) sources.push_back(step_from(step));
-             return std::make_shared<NativeRun>(std::move(sources), std::move(watches), flattens_input, flattens_output,
-                                                RunOptions{isa, kernel, checks});
+             const RunShape shape{sources.at(0).spec.op != Op::kLinear, flattens_input, flattens_output, flattens_by_view,
+                                  rows_features};
+             return std::make_shared<NativeRun>(std::move(sources), std::move(watches), shape, RunOptions{isa, kernel, checks});
            }),
-           py::arg("steps"), py::arg("watches"), py::arg("flattens_input"), py::arg("flattens_output"), py::arg("isa") = "",
-           py::arg("kernel") = "", py::arg("checks") = false)
+           py::arg("steps"), py::arg("watches"), py::arg("flattens_input"), py::arg("flattens_output"),
+           py::arg("flattens_by_view") = false, py::arg("rows_features") = 0, py::arg("isa") = "", py::arg("kernel") = "",
+           py::arg("checks") = false)
+      .def("hold", &NativeRun::hold, py::arg("load"), "Answer other threads with the weights of now until `load()` is false.")
       .def("describe", describe, "The plan of the last call, or None.")
       .def("forget_last_plan", &NativeRun::forget_last_plan)
       .def("plans_made", &NativeRun::plans_made)

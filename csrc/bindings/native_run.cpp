@@ -1,14 +1,26 @@
 #include "bindings/native_run.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/grad_mode.h>
 
-namespace fastseq {
+#include <chrono>
+#include <thread>
 
-NativeRun::NativeRun(std::vector<StepSource> steps, std::vector<std::shared_ptr<ModuleWatch>> watches, bool flattens_input,
-                     bool flattens_output, const RunOptions& options)
+namespace fastseq {
+namespace {
+
+constexpr Reason kWait = "no plan for this input, and weights are being loaded";
+// A call that has to wait for a load looks this often, and goes on with the weights as they are after this long.
+constexpr std::chrono::microseconds kLoadPoll(200);
+constexpr std::chrono::seconds kLongestLoad(10);
+
+}  // namespace
+
+NativeRun::NativeRun(std::vector<StepSource> steps, std::vector<std::shared_ptr<ModuleWatch>> watches, RunShape shape,
+                     const RunOptions& options)
     : steps_(std::move(steps)),
       watches_(std::move(watches)),
-      shape_{steps_.front().spec.op != Op::kLinear, flattens_input, flattens_output},
+      shape_(shape),
       parameters_(steps_, watches_),
       cpu_(steps_, shape_, options.isa_cap, options.forced_kernel),
       cuda_(steps_, shape_, options.forced_kernel, options.checks) {}
@@ -27,7 +39,40 @@ void NativeRun::refresh() {
   parameters_.forget();
 }
 
+void NativeRun::hold(py::object load) {
+  if (is_held()) return;  // by another thread's load: it alone says when the weights are whole again
+  if (cpu_.has_plans()) {
+    // What is packed may be older than this moment.
+    const at::Tensor probe = at::detail::empty_cpu({1}, at::kFloat, /*pin_memory=*/false, std::nullopt);
+    const Reason refused = parameters_.check(probe, false, [this](const at::Tensor& tensor) { return cpu_.fingerprint(tensor); });
+    if (parameters_.largest_change() != Change::kNone) {
+      cuda_.follow(parameters_);
+      try {
+        refused ? cpu_.forget_plans() : cpu_.pack_again(parameters_);
+      } catch (const Refusal&) {
+        cpu_.forget_plans();
+      }
+    }
+  }
+  load_ = std::move(load);
+}
+
+bool NativeRun::is_held() {
+  if (!load_) return false;
+  const py::object load = load_;  // while it is asked, another thread may put another one here
+  if (load().cast<bool>()) return true;
+  if (load_.is(load)) load_ = py::object();
+  return false;
+}
+
+Outcome NativeRun::call_held(const at::Tensor& input, const InputView& view, bool records_grad) {
+  if (records_grad) return {{}, "weights are being loaded while gradients are recorded"};
+  if (std::optional<at::Tensor> result = cpu_.call_as_planned(input, view)) return {*result, nullptr};
+  return {{}, kWait};
+}
+
 int NativeRun::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(load_.ptr());
   for (const auto& watch : watches_)
     if (const int stop = watch->traverse(visit, arg)) return stop;
   return parameters_.traverse(visit, arg);
@@ -50,6 +95,19 @@ Outcome NativeRun::call(PyObject* object) {
     return {{}, "gradients are being recorded (the input requires grad); use torch.no_grad() or inference_mode()"};
   InputView view;
   if ((reason = read_input(*input, shape_, view))) return {{}, reason};
+
+  if (load_ && backend == Backend::kCpu) {
+    const auto start = std::chrono::steady_clock::now();
+    bool has_waited = false;
+    while (is_held() && std::chrono::steady_clock::now() - start < kLongestLoad) {
+      const Outcome outcome = call_held(*input, view, records_grad);
+      if (outcome.reason != kWait) return outcome;
+      const py::gil_scoped_release release;
+      std::this_thread::sleep_for(kLoadPoll);
+      has_waited = true;
+    }
+    if (has_waited && check() != WatchResult::kSame) return {{}, "the layers changed while their weights were being loaded"};
+  }
 
   Parameters::Fingerprint fingerprint;  // on CUDA the device itself compares
   if (backend == Backend::kCpu) fingerprint = [this](const at::Tensor& tensor) { return cpu_.fingerprint(tensor); };

@@ -29,8 +29,8 @@ struct RunOptions {
 
 class NativeRun {
  public:
-  NativeRun(std::vector<StepSource> steps, std::vector<std::shared_ptr<ModuleWatch>> watches, bool flattens_input,
-            bool flattens_output, const RunOptions& options);
+  NativeRun(std::vector<StepSource> steps, std::vector<std::shared_ptr<ModuleWatch>> watches, RunShape shape,
+            const RunOptions& options);
   NativeRun(const NativeRun&) = delete;
   NativeRun& operator=(const NativeRun&) = delete;
 
@@ -42,6 +42,10 @@ class NativeRun {
 
   // Forget packed weights and plans.
   void refresh();
+
+  // Other threads' calls are answered with the weights of this moment until `load` ends, which loads new ones in this thread.
+  // load(): whether it is still running, in another thread than the one that asks. CPU engine only.
+  void hold(py::object load);
 
   // The plan of the last call: its steps, and scratch in bytes; nothing before the first.
   struct Description {
@@ -63,6 +67,10 @@ class NativeRun {
   Parameters parameters_;
   CpuRun cpu_;
   CudaRun cuda_;
+  py::object load_;  // of hold(), none when there is none
+
+  bool is_held();
+  Outcome call_held(const at::Tensor& input, const InputView& view, bool records_grad);
 };
 
 }  // namespace fastseq

@@ -1,5 +1,6 @@
 #include "bindings/program.h"
 
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -25,7 +26,10 @@ struct State {
   PyObject* owner = nullptr;  // borrowed: the owner holds the program. A copy of the owner's __dict__ is not the owner.
   std::vector<std::shared_ptr<ModuleWatch>> containers;  // the owner first
   std::vector<Segment> segments;
+  std::vector<std::shared_ptr<ForwardWatch>> forwards;  // whose trace the segments are; none for those of a Sequential
+  bool has_native = false;
   Counters counters;
+  std::map<Reason, int64_t> declined;  // by attempt()
 };
 
 struct Program {
@@ -35,10 +39,21 @@ struct Program {
 constexpr Reason kHooked = "a layer has hooks or a compiled call";
 constexpr Reason kChanged = "changed";  // the Python side builds a new program and tries again
 
+py::dict counts_by_text(const std::map<Reason, int64_t>& counts) {
+  py::dict result;
+  for (const auto& [reason, number] : counts) {
+    const py::str key(reason);
+    result[key] = number + (result.contains(key) ? result[key].cast<int64_t>() : 0);
+  }
+  return result;
+}
+
 // Null, or why no native run may be tried at all. `is_called`: through __call__, so the owner's own hooks count.
 Reason refuse_all(const State& state, PyObject* owner, bool is_called) {
   if (owner != state.owner || state.containers.empty()) return kChanged;
   if (const Reason reason = refuse_globally()) return reason;
+  for (const auto& forward : state.forwards)
+    if (!forward->is_same()) return kChanged;
   for (size_t i = 0; i < state.containers.size(); ++i) {
     const WatchResult result = state.containers[i]->check(/*check_hooks=*/is_called || i > 0);
     if (result == WatchResult::kChanged) return kChanged;
@@ -136,6 +151,48 @@ PyObject* program_forward(PyObject* self, PyObject* const* args, Py_ssize_t coun
   END_HANDLE_TH_ERRORS
 }
 
+// Null, or why the segments of a forward must not take its place although some could: in between, layers run by themselves,
+// and where a whole call is eager the forward itself is as good.
+Reason refuse_segments(PyObject* object) {
+  const at::Tensor* const input = exact_tensor(object);
+  if (!input) return "the input is not a plain torch.Tensor";
+  if (at::GradMode::is_enabled()) return "gradients may be recorded; use torch.no_grad() or inference_mode()";
+  if (const Reason reason = active_mode(input->device().type())) return reason;
+  return refuse_input(*input, backend_of(*input));
+}
+
+// Null, or why a module's own forward must run, before any of the segments was tried.
+Reason refuse_whole(const State& state, PyObject* owner, PyObject* input) {
+  if (const Reason reason = refuse_all(state, owner, true)) return reason;
+  if (!state.has_native) return "nothing to fuse";
+  return state.segments.size() > 1 ? refuse_segments(input) : nullptr;
+}
+
+// refuses(module, input) -> None, or the reason (Refused) for which attempt would not begin.
+PyObject* program_refuses(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (!check_arguments("refuses", count)) return nullptr;
+  const Reason reason = refuse_whole(*state_of(self), args[0], args[1]);
+  if (!reason) Py_RETURN_NONE;
+  return PyObject_CallFunction(refused_type, "s", reason);
+  END_HANDLE_TH_ERRORS
+}
+
+// attempt(module, input) -> the result of a whole forward, or the reason (Refused) why the forward itself must run.
+PyObject* program_attempt(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (!check_arguments("attempt", count)) return nullptr;
+  State& state = *state_of(self);
+  Reason reason = refuse_whole(state, args[0], args[1]);
+  if (!reason) {
+    PyObject* const result = run_segments(state, args[1], reason);
+    if (result || PyErr_Occurred()) return result;
+  }
+  if (reason != kChanged) ++state.declined[reason];
+  return PyObject_CallFunction(refused_type, "s", reason);
+  END_HANDLE_TH_ERRORS
+}
+
 // is_current(module) -> whether the layers are still those that were matched.
 PyObject* program_is_current(PyObject* self, PyObject* module) {
   HANDLE_TH_ERRORS
@@ -146,32 +203,30 @@ PyObject* program_is_current(PyObject* self, PyObject* module) {
 
 PyObject* program_stats(PyObject* self, PyObject*) {
   HANDLE_TH_ERRORS
-  const Counters& counters = state_of(self)->counters;
-  py::dict fallbacks;
-  for (const auto& [reason, number] : counters.fallbacks) {
-    const py::str key(reason);
-    fallbacks[key] = number + (fallbacks.contains(key) ? fallbacks[key].cast<int64_t>() : 0);
-  }
+  const State& state = *state_of(self);
   py::dict result;
-  result["fused_calls"] = counters.fused;
-  result["eager_calls"] = counters.eager;
-  result["fallbacks"] = fallbacks;
+  result["fused_calls"] = state.counters.fused;
+  result["eager_calls"] = state.counters.eager;
+  result["fallbacks"] = counts_by_text(state.counters.fallbacks);
+  result["declined"] = counts_by_text(state.declined);
   return result.release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* program_reset_stats(PyObject* self, PyObject*) {
   state_of(self)->counters = Counters();
+  state_of(self)->declined.clear();
   Py_RETURN_NONE;
 }
 
-// Program(owner, containers, segments): containers are ModuleWatch objects, the owner's first; segments are
-// (run or None, layers, watch or None).
+// Program(owner, containers, segments, forwards): containers are ModuleWatch objects, the owner's first; segments are
+// (run or None, layers, watch or None); forwards are ForwardWatch objects.
 PyObject* program_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   HANDLE_TH_ERRORS
-  PyObject *owner, *containers, *segments;
-  static const char* names[] = {"owner", "containers", "segments", nullptr};
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO", const_cast<char**>(names), &owner, &containers, &segments)) return nullptr;
+  PyObject *owner, *containers, *segments, *forwards;
+  static const char* names[] = {"owner", "containers", "segments", "forwards", nullptr};
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO", const_cast<char**>(names), &owner, &containers, &segments, &forwards))
+    return nullptr;
   auto state = std::make_unique<State>();
   state->owner = owner;
   for (const py::handle watch : py::reinterpret_borrow<py::list>(containers))
@@ -183,8 +238,11 @@ PyObject* program_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     if (!run.is_none()) segment.run = run.cast<std::shared_ptr<NativeRun>>();
     if (!watch.is_none()) segment.watch = watch.cast<std::shared_ptr<ModuleWatch>>();
     segment.layers = layers;
+    state->has_native = state->has_native || segment.run;
     state->segments.push_back(std::move(segment));
   }
+  for (const py::handle forward : py::reinterpret_borrow<py::list>(forwards))
+    state->forwards.push_back(forward.cast<std::shared_ptr<ForwardWatch>>());
   PyObject* const self = type->tp_alloc(type, 0);
   if (self) reinterpret_cast<Program*>(self)->state = state.release();
   return self;
@@ -197,6 +255,8 @@ int program_traverse(PyObject* self, visitproc visit, void* arg) {
   if (!state) return 0;
   for (const auto& watch : state->containers)
     if (const int stop = watch->traverse(visit, arg)) return stop;
+  for (const auto& forward : state->forwards)
+    if (const int stop = forward->traverse(visit, arg)) return stop;
   for (const Segment& segment : state->segments) {
     for (const py::object& layer : segment.layers) Py_VISIT(layer.ptr());
     if (segment.run)
@@ -213,7 +273,8 @@ int program_clear(PyObject* self) {
   if (!state) return 0;
   const std::vector<Segment> segments = std::move(state->segments);
   const auto containers = std::move(state->containers);
-  state->segments.clear(), state->containers.clear();
+  const auto forwards = std::move(state->forwards);
+  state->segments.clear(), state->containers.clear(), state->forwards.clear();
   return 0;
 }
 
@@ -230,6 +291,10 @@ PyMethodDef program_methods[] = {
      "call(module, input) -> result, or the type Refused if nn.Module.__call__ must take over"},
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(program_forward)), METH_FASTCALL,
      "forward(module, input) -> result, or the reason for eager as a Refused"},
+    {"attempt", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(program_attempt)), METH_FASTCALL,
+     "attempt(module, input) -> the result of a whole forward, or the reason for running the forward itself as a Refused"},
+    {"refuses", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(program_refuses)), METH_FASTCALL,
+     "refuses(module, input) -> None, or the reason for which attempt would not begin as a Refused"},
     {"is_current", program_is_current, METH_O, "is_current(module) -> whether the layers are still those that were matched"},
     {"stats", program_stats, METH_NOARGS, "Counters since the last reset."},
     {"reset_stats", program_reset_stats, METH_NOARGS, "Set the counters to zero."},

@@ -5,6 +5,8 @@
 namespace fastseq {
 namespace {
 
+constexpr Reason kOtherRows = "view() or reshape() to rows that are not one image each";
+
 // Whether eager's result is in channels_last order: a convolution takes the order of its input or weight, and ReLU out of place
 // gives the contiguous one where both orders are the same in memory.
 class FormatTracker {
@@ -12,7 +14,6 @@ class FormatTracker {
   explicit FormatTracker(const Signature& s) : channels_(s.channels), h_(s.h), w_(s.w), is_nhwc_(s.is_nhwc) {}
 
   void step(const StepSpec& spec, bool weight_is_nhwc) {
-    if (spec.op == Op::kLinear) return;
     if (spec.op == Op::kConv2d) {
       is_nhwc_ = is_nhwc_ || weight_is_nhwc;
       channels_ = spec.out;
@@ -29,6 +30,12 @@ class FormatTracker {
     if (channels_ * h_ * w_ == 1) is_nhwc_ = false;
   }
   bool is_nhwc() const { return is_nhwc_; }
+
+  // The maps become rows here.
+  void flatten(const RunShape& shape) const {
+    if (shape.flattens_by_view && is_nhwc_) throw Refusal("view() of a channels_last map");
+    if (shape.rows_features && shape.rows_features != channels_ * h_ * w_) throw Refusal(kOtherRows);
+  }
 
  private:
   void relu(const StepSpec& spec) {
@@ -60,6 +67,8 @@ Reason read_input(const at::Tensor& input, const RunShape& shape, InputView& vie
     if (rank < 2) return "Flatten needs an input of at least 2 dimensions";
     view.batch = input.size(0);
     signature.features = input.numel() / view.batch;
+    if (shape.flattens_by_view && !input.is_contiguous()) return "view() of a non-contiguous input";
+    if (shape.rows_features && shape.rows_features != signature.features) return kOtherRows;
   } else {
     if (rank < 1) return "linear needs an input of at least 1 dimension";
     if (rank > 2 && !input.is_contiguous()) return "a non-contiguous input of more than 2 dimensions to linear";
@@ -94,9 +103,10 @@ void check_unbatched(const InputView& view, const RunShape& shape, const OutputS
 }
 
 SizedSteps size_steps(const std::vector<StepSource>& steps, const std::vector<at::Tensor>& weights,
-                      const std::vector<at::Tensor>& biases, const Signature& signature) {
+                      const std::vector<at::Tensor>& biases, const Signature& signature, const RunShape& shape) {
   SizedSteps result;
   FormatTracker format(signature);
+  bool is_spatial = signature.is_spatial;
   for (size_t i = 0; i < steps.size(); ++i) {
     StepSpec spec = steps[i].spec;
     const at::Tensor &weight = weights[i], &bias = biases[i];
@@ -119,9 +129,14 @@ SizedSteps size_steps(const std::vector<StepSource>& steps, const std::vector<at
         weight_is_nhwc = is_channels_last(weight);
       }
     }
-    if (signature.is_spatial) format.step(spec, weight_is_nhwc);
+    if (is_spatial && spec.op == Op::kLinear) {
+      format.flatten(shape);
+      is_spatial = false;
+    }
+    if (is_spatial) format.step(spec, weight_is_nhwc);
     result.specs.push_back(std::move(spec));
   }
+  if (is_spatial && shape.flattens_output) format.flatten(shape);
   result.output_is_nhwc = format.is_nhwc();
   return result;
 }

@@ -18,9 +18,11 @@ struct StepSource {
   bool pads_same = false;  // padding='same': from the weight's size at call time
 };
 
-// How a run takes and gives tensors.
+// How a run takes and gives tensors. flattens_by_view: eager makes the run's Flatten by Tensor.view, which some memory formats do
+// not allow; rows_features: it gives rows of that many features, 0 for one row an image.
 struct RunShape {
-  bool is_first_spatial = false, flattens_input = false, flattens_output = false;
+  bool is_first_spatial = false, flattens_input = false, flattens_output = false, flattens_by_view = false;
+  int64_t rows_features = 0;
 };
 
 struct Signature {
@@ -58,6 +60,6 @@ struct SizedSteps {
   bool output_is_nhwc = false;
 };
 SizedSteps size_steps(const std::vector<StepSource>& steps, const std::vector<at::Tensor>& weights,
-                      const std::vector<at::Tensor>& biases, const Signature& signature);
+                      const std::vector<at::Tensor>& biases, const Signature& signature, const RunShape& shape);
 
 }  // namespace fastseq

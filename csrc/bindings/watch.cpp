@@ -102,7 +102,37 @@ PyObject* ModuleWatch::parameter(size_t index) const {
   return parameters && PyDict_Check(parameters) ? find(parameters, parameters_[index].ptr()) : nullptr;
 }
 
+ForwardWatch::ForwardWatch(py::object function, const std::vector<std::tuple<py::dict, py::str, py::object>>& names)
+    : function_(std::move(function)) {
+  if (!PyFunction_Check(function_.ptr())) throw py::type_error("ForwardWatch expects a Python function");
+  code_ = py::reinterpret_borrow<py::object>(PyFunction_GET_CODE(function_.ptr()));
+  for (const auto& [dict, key, value] : names) {
+    PyObject* interned_key = py::object(key).release().ptr();
+    PyUnicode_InternInPlace(&interned_key);
+    names_.push_back({dict, py::reinterpret_steal<py::object>(interned_key), value});
+  }
+}
+
+bool ForwardWatch::is_same() const {
+  if (PyFunction_GET_CODE(function_.ptr()) != code_.ptr()) return false;
+  for (const Name& name : names_)
+    if (find(name.dict.ptr(), name.key.ptr()) != name.value.ptr()) return false;
+  return true;
+}
+
+int ForwardWatch::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(function_.ptr());
+  Py_VISIT(code_.ptr());
+  for (const Name& name : names_) {
+    Py_VISIT(name.dict.ptr());
+    Py_VISIT(name.key.ptr());
+    Py_VISIT(name.value.ptr());
+  }
+  return 0;
+}
+
 Reason refuse_globally() {
+  if (is_disabled()) return "fastseq.disabled() is active in this thread";
   struct Globals {
     std::vector<PyObject*> hooks;
     PyTypeObject* sequential;

@@ -5,6 +5,7 @@
 #include <Python.h>
 #include <pybind11/pybind11.h>
 
+#include <tuple>
 #include <vector>
 
 #include "bindings/gate.h"
@@ -45,6 +46,26 @@ class ModuleWatch {
   std::vector<std::pair<py::object, py::object>> attributes_;
   std::vector<py::object> parameters_;
   std::optional<py::tuple> children_;
+};
+
+// What a forward of Python code was traced from: the function's code, and what its global names and torch's functions were.
+class ForwardWatch {
+ public:
+  // names: (dictionary, key, value), keys interned strings.
+  ForwardWatch(py::object function, const std::vector<std::tuple<py::dict, py::str, py::object>>& names);
+
+  bool is_same() const;
+  // For the garbage collector: the references held here.
+  int traverse(visitproc visit, void* arg) const;
+
+ private:
+  struct Name {
+    py::dict dict;
+    py::object key, value;
+  };
+
+  py::object function_, code_;
+  std::vector<Name> names_;
 };
 
 // Null, or what concerns all modules and so leaves every run to eager: hooks registered for all of them, or an nn.Sequential whose

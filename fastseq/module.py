@@ -1,0 +1,138 @@
+"""FusedModule: a user's module whose own forward is a straight line, run as one plan while that is what it is."""
+
+from __future__ import annotations
+
+import copyreg
+import weakref
+from typing import Any
+
+from torch import nn
+from torch.compiler import is_compiling
+
+from fastseq import _native
+from fastseq.loading import current_load
+from fastseq.matcher import Match, cut
+from fastseq.plan import CompiledMatch
+from fastseq.program import CHANGED
+from fastseq.sequential import COMPILED, KINDS, FusedSequential
+from fastseq.straight_line import StraightLine, straight_line
+
+
+class FusedModule(nn.Module):
+    """Mixed into the class of a module by `fastseq.optimize`: the same module, whose calls may run as one native plan.
+
+    A call returns what the module's own `forward` returns and raises what it raises. The forward itself runs whenever
+    it is not provably what was traced (other code, children, attributes or globals), with hooks, and outside of what
+    the native kernels cover; its Sequentials are then fused each by itself.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_compiling() and len(args) == 1 and not kwargs:
+            compiled = self.__dict__.get(COMPILED)
+            if compiled is None:
+                compiled = self._fastseq_compile()
+            if compiled is not None:
+                output = compiled.attempt(self, args[0])
+                if output.__class__ is compiled.refused and output == CHANGED:
+                    compiled = self._fastseq_compile()
+                    output = CHANGED if compiled is None else compiled.attempt(self, args[0])
+                if compiled is not None and output.__class__ is not compiled.refused:
+                    return output
+        return super().__call__(*args, **kwargs)
+
+    def _fastseq_compile(self) -> CompiledMatch | None:
+        """Trace and match the forward as it is now. None if that is impossible; then each call tries again."""
+        before = self.__dict__.pop(COMPILED, None)
+        if not _native.native_available() or "_is_replica" in self.__dict__:
+            return None
+        found = match_forward(self)
+        if isinstance(found, str):
+            return None
+        match, line = found
+        compiled = CompiledMatch(self, match, before, line)
+        self.__dict__[COMPILED] = compiled
+        return compiled
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        compiled = self.__dict__.get(COMPILED)
+        if compiled is not None:
+            compiled.hold(current_load())
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made anew where the module is, from the user's own: no dynamic class needs to be importable.
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        _, arguments, state, *rest = reduced
+        if isinstance(state, dict):
+            state = {key: value for key, value in state.items() if key != COMPILED}
+        return (new_fused, (plain_class(type(self)), *arguments[1:]), state, *rest)
+
+
+_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+
+def fused_class(kind: type) -> type:
+    """The subclass of `kind` that is a FusedModule; always the same one, with the name of `kind`."""
+    made = _classes.get(kind)
+    if made is None:
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        made = _classes[kind] = type(kind.__name__, (FusedModule, kind), names)
+    return made
+
+
+def plain_class(kind: type) -> type:
+    """The user's class behind one that `fused_class` made; any other class itself."""
+    return kind.__mro__[2] if is_fused_class(kind) else kind
+
+
+def is_fused_class(kind: type) -> bool:
+    return kind.__mro__[1] is FusedModule
+
+
+def new_fused(kind: type, *arguments: Any) -> Any:
+    """For pickle and copy: an empty module of the fused class of `kind`."""
+    made: Any = fused_class(kind)
+    return made.__new__(made, *arguments)
+
+
+def match_forward(module: nn.Module) -> tuple[Match, StraightLine] | str:
+    """What `module.forward` runs as, or why it is not run as one plan."""
+    line = straight_line(module, KINDS)
+    if isinstance(line, str):
+        return line
+    match = Match(cut(line.leaves), [container.module for container in line.containers[1:]])
+    if not match.has_native and not match.may_become_native:
+        return "nothing to fuse"
+    if len(match.segments) > 1 and any(leaf.needs_native for leaf in line.leaves):
+        return "its forward takes the batch size from another value than it reshapes, and not all of it is fused"
+    return match, line
+
+
+def refuse_class(module: nn.Module) -> str | None:
+    """Why the module's class cannot be extended, or None."""
+    kind = plain_class(type(module))
+    if type(kind) is not type or isinstance(kind.__dict__.get("__slots__"), (tuple, list, str)):
+        return "its class has a metaclass or __slots__"
+    if any("__init_subclass__" in base.__dict__ for base in kind.__mro__[:-1]):
+        return "its class wants to know of subclasses"
+    if any(name in base.__dict__ for base in kind.__mro__[:-1] for name in ("__reduce__", "__reduce_ex__")):
+        return "its class has its own way of pickling"
+    if kind in copyreg.dispatch_table:
+        return "its class has a pickling function in copyreg"
+    return None
+
+
+def fuse(module: nn.Module) -> str | None:
+    """Makes `module` a FusedModule if its forward is a straight line with something to fuse; else gives the reason."""
+    if isinstance(module, (nn.Sequential, FusedModule)):
+        return None
+    found = match_forward(module)
+    if isinstance(found, str):
+        return found
+    reason = refuse_class(module)
+    if reason is None:
+        object.__setattr__(module, "__class__", fused_class(type(module)))
+    return reason
+
+
+__all__ = ["FusedModule", "FusedSequential", "fuse", "is_fused_class", "match_forward", "plain_class"]
