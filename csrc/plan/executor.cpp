@@ -4,8 +4,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <limits>
 #include <thread>
+#include <vector>
+
+#include "plan/fork.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,7 +20,8 @@ namespace {
 
 // Rough rates to decide how many threads a call is worth, not to predict its time.
 constexpr double kFlopsPerMicrosecond = 80e3, kBytesPerMicrosecond = 20e3;
-constexpr double kSerialMicroseconds = 20, kMicrosecondsPerThread = 10;
+// Of work for each thread, and no second thread for less than twice that: one of OpenMP's waits already, another has to be started.
+constexpr double kMicrosecondsPerThread = 10, kMicrosecondsPerNewThread = 100;
 // From this many rows per thread a Linear chain is split by rows: weights are then read often enough to hide their way from memory.
 constexpr int64_t kRowsPerThread = 24;
 constexpr int kSpinsBeforeYield = 4000;
@@ -86,12 +91,37 @@ class Barrier {
 
 namespace {
 
+// On threads started for this call alone, or on as many of them as the system gives.
+template <typename Work>
+void run_new_threads(int threads, Barrier& barrier, const Work& work) {
+  std::atomic<int> count{0};  // known when all are started
+  std::vector<std::thread> others;
+  others.reserve(static_cast<size_t>(threads - 1));
+  try {
+    for (int thread = 1; thread < threads; ++thread)
+      others.emplace_back([&, thread] {
+        while (!count.load(std::memory_order_acquire)) std::this_thread::yield();
+        work(thread, count.load(std::memory_order_relaxed), barrier);
+      });
+  } catch (const std::exception&) {  // no more threads, or no memory for one
+  }
+  const int started = static_cast<int>(others.size()) + 1;
+  barrier.expect(started);
+  count.store(started, std::memory_order_release);
+  work(0, started, barrier);
+  for (std::thread& other : others) other.join();
+}
+
 // work(thread, count, barrier) on `threads` threads, or on the caller alone without a parallel region.
 template <typename Work>
 void run_threads(int threads, const Work& work) {
   Barrier barrier;
   if (threads == 1) {
     work(0, 1, barrier);
+    return;
+  }
+  if (lost_threads_in_fork()) {
+    run_new_threads(threads, barrier, work);
     return;
   }
 #pragma omp parallel num_threads(threads)
@@ -112,8 +142,9 @@ int Executor::useful_threads(int64_t batch, int threads) const {
   if (threads <= 1 || omp_in_parallel()) return 1;
   const double micros = std::max(static_cast<double>(batch) * plan_.flops_ / kFlopsPerMicrosecond,
                                  static_cast<double>(plan_.weight_bytes_) / kBytesPerMicrosecond);
-  if (micros < kSerialMicroseconds) return 1;
-  return static_cast<int>(std::min<double>(threads, micros / kMicrosecondsPerThread));
+  const double per_thread = lost_threads_in_fork() ? kMicrosecondsPerNewThread : kMicrosecondsPerThread;
+  if (micros < 2 * per_thread) return 1;
+  return static_cast<int>(std::min<double>(threads, micros / per_thread));
 }
 
 void Executor::run(const float* src, float* dst, int64_t batch, int threads) const {

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 
 #if defined(__linux__)
@@ -34,7 +35,7 @@ AlignedBuffer::~AlignedBuffer() { std::free(data_); }
 BufferPtr BufferPool::take(int64_t floats) {
   BufferPtr outgrown;  // freed outside the lock
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<ForkSafeMutex> lock(mutex_);
     auto best = idle_.end();
     for (auto it = idle_.begin(); it != idle_.end(); ++it)
       if ((*it)->size() >= floats && (best == idle_.end() || (*it)->size() < (*best)->size())) best = it;
@@ -53,7 +54,7 @@ BufferPtr BufferPool::take(int64_t floats) {
 
 void BufferPool::give_back(BufferPtr buffer) {
   if (!buffer || buffer->size() > kKeptFloats) return;
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkSafeMutex> lock(mutex_);
   idle_.push_back(std::move(buffer));
 }
 

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
+
+#include "plan/fork.h"
 
 namespace fastseq {
 
@@ -32,7 +33,7 @@ class BufferPool {
   void give_back(BufferPtr buffer);
 
  private:
-  std::mutex mutex_;
+  ForkSafeMutex mutex_;
   std::vector<BufferPtr> idle_;
 };
 
