@@ -71,7 +71,8 @@ def explain(model: nn.Module, x: Any = None) -> Report:
     Args:
         model: an optimised model; of any other module it tells what `optimize` would do.
         x: an input of the model. If given, the model is called once with it under `torch.no_grad()`, and the report
-            names the kernels and output sizes that were used and the reasons for fallbacks during that call.
+            names the kernels and output sizes that were used and the reasons for fallbacks during that call. Without
+            it the report has those of all calls since the last `reset_stats`, in every thread.
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
@@ -79,9 +80,10 @@ def explain(model: nn.Module, x: Any = None) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastseq.explain expects a torch.nn.Module, got {type(model).__name__}")
-    fallbacks: dict[str, int] = {}
     declined: dict[int, str] = {}
-    if x is not None:
+    if x is None:
+        fallbacks = stats(model)["fallbacks"]
+    else:
         before, declined_before = stats(model)["fallbacks"], _declined(model)
         for compiled in _all_compiled(model):
             compiled.forget_last_plans()
