@@ -1,4 +1,4 @@
-"""What the tests of the numbered behaviours share. docs/semantics.md lists the numbers; `tests/dropin.py` does most of the work."""
+"""What the tests of the numbered behaviours share; docs/semantics.md lists the numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def reasons(model: nn.Module) -> str:
 
 
 def assert_fast(model: nn.Module, x: Tensor, runs: int = 1) -> Tensor:
-    """An optimised copy makes `runs` native calls and nothing else; error at most 4 times eager's, all else exactly as eager.
+    """An optimised copy makes `runs` native calls and nothing else; at most 4 times eager's error, all else exact.
 
     The input keeps its bits and its version.
     """
@@ -71,7 +71,7 @@ def assert_close_to_eager(fast: nn.Module, x: Tensor, runs: int) -> Tensor:
 
 
 def assert_eager_outcome(fast: nn.Module, x: Any, reason: str = "", runs: int = 0) -> Outcome:
-    """The call gives eager's very bits, strides and type, or its exception and words; `reason` is among the fallbacks."""
+    """The call gives eager's very bits, strides and type, or its exception and words, for `reason`."""
     __tracebackhide__ = True
     expected = outcome(eager, fast, x)
     fastseq.reset_stats(fast)

@@ -178,7 +178,7 @@ SUBCLASSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SUBCLASSES)
 def test_04_a_subclass_of_a_layer_is_another_layer(name: str) -> None:
-    """Only the exact classes are fused: a subclass (LoRA, quantisation-aware training, a user's) has its own forward."""
+    """Only the exact classes are fused: a subclass (LoRA, quantisation-aware, a user's) has its own forward."""
     make, reason = SUBCLASSES[name]
     layer = make().eval()
     if hasattr(layer, "weight_fake_quant"):
@@ -259,7 +259,9 @@ def test_05_an_edit_counts_at_the_next_call(edit: str, names: str, place: str) -
         assert counters["fused_calls"] >= 1 and not set(counters["fallbacks"]) - {"an eager layer"}
 
 
-@pytest.mark.parametrize("cut", [slice(2), slice(1, None), slice(0, 4), slice(2, 4), slice(None, None, -1), slice(3, 3)])
+@pytest.mark.parametrize(
+    "cut", [slice(2), slice(1, None), slice(0, 4), slice(2, 4), slice(None, None, -1), slice(3, 3)]
+)
 def test_05_a_slice_shares_its_layers(cut: slice) -> None:
     """`m[1:]` keeps the class, the layers and their keys."""
     model = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(6, 6), nn.ReLU())])
@@ -320,9 +322,9 @@ def test_06_arguments_of_the_call_and_of_the_constructor(is_warm: bool) -> None:
 
 
 def test_07_nested_sequentials_keep_keys_and_hooks() -> None:
-    """Flattened for execution only: the module tree and the keys '0.0.weight' stay, and a hook on the inner one fires."""
+    """Flattened for execution only: module tree and keys such as '0.0.weight' stay, hooks on the inner one fire."""
     model, x = nested_net(), images()
-    fast, log = fastseq.optimize(model), []
+    fast, log = fastseq.optimize(model), list[Tensor]()
     assert list(fast.state_dict()) == list(model.state_dict()) and "0.0.weight" in fast.state_dict()
     assert [name for name, _ in fast.named_modules()] == [name for name, _ in model.named_modules()]
     before = assert_close_to_eager(fast, x, runs=1)
@@ -333,12 +335,10 @@ def test_07_nested_sequentials_keep_keys_and_hooks() -> None:
         ]
         with torch.no_grad():
             eager(fast, x)
-            expected, log = log, []
             torch.testing.assert_close(fast(x), before)
-            assert len(log) == 2
-            for a, b in zip(log, expected, strict=True):
-                torch.testing.assert_close(a, b)
-        log = []
+        assert len(log) == 4
+        torch.testing.assert_close(log[2:], log[:2])
+        log.clear()
         for handle in handles:
             handle.remove()
     assert torch.equal(assert_close_to_eager(fast, x, runs=1), before)

@@ -30,7 +30,9 @@ HOOKS: dict[str, Callable[[nn.Module, Log], Any]] = {
     "replaces the input by a value": lambda m, log: m.register_forward_pre_hook(
         lambda m, a: log.append("before") or a[0] * 2
     ),
-    "writes into the output": lambda m, log: m.register_forward_hook(lambda m, a, out: log.append(str(out.detach().mul_(2).shape))),
+    "writes into the output": lambda m, log: m.register_forward_hook(
+        lambda m, a, out: log.append(str(out.detach().mul_(2).shape))
+    ),
     "always_call": lambda m, log: m.register_forward_hook(lambda m, a, out: log.append("always"), always_call=True),
     "with_kwargs": lambda m, log: m.register_forward_hook(
         lambda m, a, k, out: log.append(f"{len(a)} {k}") or out - 1, with_kwargs=True
@@ -224,7 +226,7 @@ def test_14_flops_are_counted_as_in_eager() -> None:
 
 
 def test_14_the_profiler_shows_one_range_per_run_and_the_users_own() -> None:
-    """The one difference: `fastseq::run` stands for the operators inside. With a hook, a mode or gradients they are back."""
+    """The one difference: `fastseq::run` stands for the operators inside, which are back with gradients wanted."""
     fast, x = fastseq.optimize(small()[0]), small()[1]
     assert_close_to_eager(fast, x, runs=1)
 
@@ -249,7 +251,11 @@ REWEIGHTED: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], An
         lambda m: prune.remove(m, "weight"),
         "Linear",
     ),
-    "prune the bias": (lambda m: prune.random_unstructured(m, "bias", 0.5), lambda m: prune.remove(m, "bias"), "Linear"),
+    "prune the bias": (
+        lambda m: prune.random_unstructured(m, "bias", 0.5),
+        lambda m: prune.remove(m, "bias"),
+        "Linear",
+    ),
     "parametrized weight_norm": (
         parametrizations.weight_norm,
         lambda m: nn.utils.parametrize.remove_parametrizations(m, "weight"),
@@ -303,7 +309,7 @@ def test_15_normalised_and_pruned_weights_stay_eagers(name: str, when: str) -> N
 
 
 def assert_as_a_twin(fast: nn.Module, x: Tensor) -> None:
-    """Result and state afterwards are those of a plain copy: a norm in training mode updates its vectors at each call."""
+    """Result and state afterwards are a plain copy's: a norm in training mode updates its vectors at each call."""
     twin = plain_deepcopy(fast)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), twin(x))

@@ -181,7 +181,7 @@ def test_18_results_are_fresh_tensors_of_exact_size(name: str) -> None:
     ],
 )
 def test_18_what_does_nothing_returns_its_argument(layers: Callable[[], list[nn.Module]]) -> None:
-    """Identity, Dropout in eval mode and an empty Sequential give the same object, in a model that once was fused too."""
+    """Identity, Dropout in eval mode, an empty Sequential give the same object, in a once fused model too."""
     x = torch.randn(2, 3)
     emptied = fastseq.optimize(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), *layers()).eval())
     assert_close_to_eager(emptied, x, runs=1)

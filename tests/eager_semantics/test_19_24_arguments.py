@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from behaviour import assert_declined, assert_eager_outcome, assert_fast, one_thread, reasons  # noqa: F401
-from dropin import as_plain, assert_same_outcome, call, eager, fused, images, outcome
+from dropin import as_plain, assert_same_outcome, call, eager, fused, images
 from helpers import assert_exact, integer_model, integers, run_fused
-from torch import Tensor, nn
+from torch import nn
 
 import fastseq
 
@@ -27,7 +27,8 @@ def test_19_other_padding_modes_are_eagers(mode: str, padding: Any) -> None:
     """`F.pad` first, then a convolution without padding; only zeros are padded by the fused kernels."""
     layer = nn.Conv2d(3, 4, 3, padding=padding, padding_mode=mode)
     assert_declined(layer, images(), f"Conv2d has padding_mode {mode!r}")
-    assert layer.padding == padding if padding == "same" else True
+    if padding == "same":
+        assert fastseq.optimize(nn.Sequential(layer, nn.MaxPool2d(1)))[0].padding == "same"
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -183,7 +184,11 @@ def test_21_dilated_pools_stay_eager() -> None:
 
 WRONG_POOLS: dict[str, tuple[Callable[[], nn.MaxPool2d], tuple[int, ...], str]] = {
     "padding": (lambda: nn.MaxPool2d(2, 2, 2), (1, 2, 8, 8), "pad should be at most half of effective kernel size"),
-    "padding of 3": (lambda: nn.MaxPool2d(3, 2, 2), (1, 2, 8, 8), "pad should be at most half of effective kernel size"),
+    "padding of 3": (
+        lambda: nn.MaxPool2d(3, 2, 2),
+        (1, 2, 8, 8),
+        "pad should be at most half of effective kernel size",
+    ),
     "no output": (lambda: nn.MaxPool2d(3), (1, 2, 2, 8), "Output size is too small"),
     "window": (lambda: nn.MaxPool2d(9, 1, 0), (1, 2, 8, 8), "Output size is too small"),
     "2-D": (lambda: nn.MaxPool2d(2), (8, 8), "3D or 4D"),
@@ -206,7 +211,10 @@ def test_21_pools_that_eager_rejects(name: str, head: str) -> None:
 
 
 def test_22_indices_make_a_tuple_and_the_next_layer_raises() -> None:
-    fast, x = fastseq.optimize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2, return_indices=True))), images()
+    fast, x = (
+        fastseq.optimize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2, return_indices=True))),
+        images(),
+    )
     with torch.no_grad():
         expected = eager(fast, x)
         actual, counters = call(fast, x)
@@ -235,7 +243,9 @@ def test_22_which_index_wins() -> None:
             values, indices = fast(torch.tensor(window).view(1, 1, 2, 2))
             assert indices.item() == index
             with as_plain(fast):
-                torch.testing.assert_close((values, indices), fast(torch.tensor(window).view(1, 1, 2, 2)), equal_nan=True)
+                torch.testing.assert_close(
+                    (values, indices), fast(torch.tensor(window).view(1, 1, 2, 2)), equal_nan=True
+                )
 
 
 # 23, 24: dtypes -----------------------------------------------------------------------------------------------------

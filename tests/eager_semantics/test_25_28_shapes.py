@@ -46,7 +46,12 @@ def test_25_an_unbatched_image_of_any_strides_gives_a_contiguous_one(name: str) 
     x = torch.randn(9, 8, 3).permute(2, 0, 1)  # as channels_last without its batch
     with torch.no_grad():
         assert UNBATCHED[name]()(x).is_contiguous()
-    for form in (x, torch.randn(3, 8, 9).transpose(1, 2), torch.randn(3, 9, 16)[..., ::2], torch.randn(1, 9, 8).expand(3, 9, 8)):
+    for form in (
+        x,
+        torch.randn(3, 8, 9).transpose(1, 2),
+        torch.randn(3, 9, 16)[..., ::2],
+        torch.randn(1, 9, 8).expand(3, 9, 8),
+    ):
         assert assert_fast(UNBATCHED[name](), form).is_contiguous()
 
 
@@ -57,7 +62,9 @@ def test_25_an_unbatched_image_and_flatten_or_channels_last_weights_stay_eager()
     with torch.no_grad():
         flat = fastseq.optimize(nn.Sequential(*conv_relu_pool(), nn.Flatten()))
         assert assert_eager_outcome(flat, x, reason).value.shape == (5, 9)
-        assert_eager_outcome(fastseq.optimize(nn.Sequential(*conv_relu_pool(), nn.Flatten(), nn.Linear(45, 2))), x, reason)
+        assert_eager_outcome(
+            fastseq.optimize(nn.Sequential(*conv_relu_pool(), nn.Flatten(), nn.Linear(45, 2))), x, reason
+        )
         assert_eager_outcome(fastseq.optimize(conv_relu_pool().to(memory_format=LAST)), x, reason)
 
 
@@ -218,7 +225,9 @@ def test_28_inputs_of_more_than_2_to_31_elements(kind: str) -> None:
 def test_28_strides_beyond_2_to_31(kind: str) -> None:
     """Two images, and two rows of each, that lie more than 2^31 elements apart."""
     buffer = untouched(2 * LARGE + 64)
-    shape, strides = ((2, 3, 4, 5), (LARGE + 3, 5, LARGE // 4 + 17, 1)) if kind != "linear" else ((2, 7), (LARGE + 3, 1))
+    shape, strides = (
+        ((2, 3, 4, 5), (LARGE + 3, 5, LARGE // 4 + 17, 1)) if kind != "linear" else ((2, 7), (LARGE + 3, 1))
+    )
     x = buffer.as_strided(shape, strides)
     x.copy_(torch.randn(shape))
     model = {
@@ -236,7 +245,7 @@ def test_28_strides_beyond_2_to_31(kind: str) -> None:
 @pytest.mark.skipif(not cuda.kernels(), reason="this build of fastseq has no CUDA kernels")
 @pytest.mark.parametrize("device", cuda.DEVICES)
 def test_28_cuda_grids_and_offsets_are_planned_or_refused(device: str) -> None:
-    """A batch of any size gets a grid that fits (all blocks in x), or the run is refused with a reason, and so eager."""
+    """A batch of any size gets a grid that fits (all blocks in x), or is refused with a reason and runs eager."""
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
     linear = nn.Sequential(nn.Linear(64, 8))
     for net, shape in ((model, (1, 9, 9)), (linear, (64,))):

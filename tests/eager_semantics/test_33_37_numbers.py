@@ -73,7 +73,7 @@ def test_33_a_pool_keeps_nan_and_the_first_of_two_zeros(
 
 @each_isa
 def test_33_each_place_of_a_nan_in_a_window(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a convolution, where the maximum is taken in registers: NaN is found at every place, others stay numbers."""
+    """Behind a convolution, where the maximum is taken in registers: found at every place, others stay numbers."""
     use_kernels(monkeypatch, isa)
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.MaxPool2d(2))
     for row, column in product(range(4), range(4)):
@@ -135,7 +135,7 @@ def test_35_16_bit_models_give_eagers_bits_on_the_cpu(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_35_rounding_commutes_with_relu_and_pool_and_not_with_linear(dtype: torch.dtype) -> None:
-    """Why one rounding behind conv, ReLU and pool gives eager's bits, and a chain of Linears has a tolerance of its own."""
+    """Why one rounding behind conv, ReLU and pool gives eager's bits, and a chain of Linears has a tolerance."""
     x = torch.randn(3, 4, 8, 8) * 100
     assert torch.equal(x.relu().to(dtype), x.to(dtype).relu())
     pool = nn.MaxPool2d(3, 2, 1)
@@ -270,7 +270,7 @@ def test_36_tf32_flags_are_honoured_on_a_gpu() -> None:
 @each_isa
 @pytest.mark.parametrize("k", [3, 17, 257, 2000])
 def test_37_errors_are_bounded_by_the_sum_of_magnitudes(k: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """|error| <= k units of rounding times sum |w x| for every element, in any order of summation; in practice far less."""
+    """|error| <= k units of rounding times sum |w x| for every element, in any order of summation."""
     use_kernels(monkeypatch, isa)
     linear, conv = nn.Linear(k, 9), nn.Conv2d(k, 9, 1)
     for layer, x in ((linear, torch.randn(5, k)), (conv, torch.randn(1, k, 2, 3))):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from behaviour import assert_close_to_eager, assert_eager_outcome, one_thread, plain  # noqa: F401
 from dropin import (
+    as_plain,
     assert_identical,
     assert_same_outcome,
-    as_plain,
     call,
     conv_net,
     eager,
@@ -94,6 +94,7 @@ def test_39_grad_mode_belongs_to_the_thread_and_the_report_says_so(mode: Callabl
     assert results[0].requires_grad and counters["fused_calls"] == 0
     ((reason, count),) = counters["fallbacks"].items()
     assert GRADIENTS in reason and "use torch.no_grad() or inference_mode()" in reason and count == 1
+    assert f"fell back 1x: {reason}" in str(fastseq.explain(fast))
 
 
 def test_39_autocast_belongs_to_the_thread() -> None:
@@ -125,7 +126,12 @@ def test_40_results_of_inference_mode_are_inference_tensors() -> None:
     with torch.inference_mode(), as_plain(fast):
         expected = fast(images())
     weight = torch.randn(4, 8, 1, 1, requires_grad=True)
-    for use in (lambda t: t.add_(1), lambda t: nn.functional.conv2d(t, weight), lambda t: t * weight[0, 0], lambda t: t._version):
+    for use in (
+        lambda t: t.add_(1),
+        lambda t: nn.functional.conv2d(t, weight),
+        lambda t: t * weight[0, 0],
+        lambda t: t._version,
+    ):
         a, b = outcome(use, result), outcome(use, expected)
         assert (a.error, a.text) == (b.error, b.text) and a.error is RuntimeError
     with torch.no_grad():
@@ -133,7 +139,7 @@ def test_40_results_of_inference_mode_are_inference_tensors() -> None:
 
 
 def test_40_an_inference_tensor_as_input() -> None:
-    """With weights that want gradients eager cannot save it for the backward pass, and raises; under no_grad it is fused."""
+    """Eager cannot save it for the backward pass of weights that want gradients, and raises; else it is fused."""
     fast = fastseq.optimize(conv_net())
     with torch.inference_mode():
         x = images()
@@ -228,7 +234,7 @@ def test_42_autocast_gives_eagers_dtypes(net: str, dtype: torch.dtype) -> None:
 
 
 def test_42_a_weight_written_inside_autocast_is_read_as_eager_reads_it() -> None:
-    """Autocast keeps its cast copies of weights that require grad for the length of the region; the next region is new."""
+    """Autocast keeps its cast copies of weights that require grad for one region; the next region is new."""
     fast, x = fastseq.optimize(mlp()), torch.randn(2, 6)
     twin = plain(fast)
     with torch.autocast("cpu"):
@@ -270,7 +276,9 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_43_transforms_are_eagers(name: str, net: str, grad: bool) -> None:
     """Inside vmap a tensor claims to be a plain one, and has no memory that could be read."""
-    fast, x = (fastseq.optimize(conv_net()), images(3)) if net == "conv" else (fastseq.optimize(mlp()), torch.randn(3, 6))
+    fast, x = (
+        (fastseq.optimize(conv_net()), images(3)) if net == "conv" else (fastseq.optimize(mlp()), torch.randn(3, 6))
+    )
     before = assert_close_to_eager(fast, x, runs=1)
     with torch.set_grad_enabled(grad):
         expected = TRANSFORMS[name](plain(fast), x)
@@ -284,7 +292,9 @@ def test_43_what_vmap_passes_claims_to_be_plain() -> None:
     seen: list[Any] = []
     fast = fastseq.optimize(nn.Sequential(nn.Linear(6, 5), nn.ReLU()))
     with torch.no_grad():
-        torch.vmap(lambda row: seen.extend([type(row) is Tensor, outcome(row.data_ptr).error]) or fast(row))(torch.randn(3, 6))
+        torch.vmap(lambda row: seen.extend([type(row) is Tensor, outcome(row.data_ptr).error]) or fast(row))(
+            torch.randn(3, 6)
+        )
     assert seen == [True, RuntimeError]
     assert fastseq.stats(fast)["fused_calls"] == 0
     assert any("transform" in reason or "plain dense" in reason for reason in fastseq.stats(fast)["fallbacks"])
