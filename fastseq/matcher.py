@@ -6,16 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
 from fastseq.patterns import PATTERNS
 from fastseq.patterns.base import Pattern
 
-SEQUENTIAL = nn.Sequential
-SEQUENTIAL_FORWARD = nn.Sequential.forward
 KNOWN_LAYERS = {kind for pattern in PATTERNS for kind in pattern.types} | {nn.Flatten, nn.Dropout, nn.Identity}
 # What the patterns describe: the classes' forwards as torch wrote them.
 FORWARDS = {kind: kind.forward for kind in KNOWN_LAYERS}
+# What eager looks up by name at each call of these layers. Where one was replaced, to count, to quantise or to pad
+# otherwise, everything runs eager: see refuse_globally in csrc/bindings/watch.cpp.
+LOOKED_UP: list[tuple[Any, str, Any]] = [
+    (owner, name, getattr(owner, name))
+    for owner, name in [
+        (nn.Sequential, "forward"),
+        (nn.Module, "_call_impl"),
+        *((kind, "__call__") for kind in (nn.Sequential, *FORWARDS)),
+        (nn.Conv2d, "_conv_forward"),
+        *((F, name) for name in ("conv2d", "linear", "relu", "max_pool2d", "dropout")),
+    ]
+]
 
 
 # The key in a module's __dict__ that `optimize(exclude=...)` leaves: it goes with the module, also into copies.
@@ -125,9 +136,10 @@ def flatten(sequential: nn.Module, kinds: tuple[type, ...], prefix: str = "") ->
 
 
 def has_own_forward(layer: Any) -> bool:
-    """Whether the instance or its class was given another forward than torch's."""
+    """Whether the instance or its class was given another forward, or inner forward of a convolution, than torch's."""
     kind = type(layer)
-    return kind in FORWARDS and ("forward" in layer.__dict__ or kind.forward is not FORWARDS[kind])
+    own = layer.__dict__ if kind in FORWARDS else ()
+    return kind in FORWARDS and ("forward" in own or "_conv_forward" in own or kind.forward is not FORWARDS[kind])
 
 
 def is_free(layer: Any) -> bool:

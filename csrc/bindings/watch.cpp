@@ -133,10 +133,16 @@ int ForwardWatch::traverse(visitproc visit, void* arg) const {
 
 Reason refuse_globally() {
   if (is_disabled()) return "fastseq.disabled() is active in this thread";
+  struct Original {
+    PyObject *holder, *name, *value;  // holder: a class, or the dictionary of a module
+    Reason reason;
+    PyObject* found() const {
+      return PyType_Check(holder) ? _PyType_Lookup(reinterpret_cast<PyTypeObject*>(holder), name) : find(holder, name);
+    }
+  };
   struct Globals {
     std::vector<PyObject*> hooks;
-    PyTypeObject* sequential;
-    PyObject* forward;
+    std::vector<Original> originals;
   };
   static const Globals* const globals = [] {
     auto* g = new Globals;
@@ -145,14 +151,19 @@ Reason refuse_globally() {
          {"_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks"})
       g->hooks.push_back(py::object(module.attr(name)).release().ptr());
     // What fastseq found when it was imported, which is before anybody could replace it behind fastseq's back.
-    const py::module_ matcher = py::module_::import("fastseq.matcher");
-    g->sequential = reinterpret_cast<PyTypeObject*>(py::object(matcher.attr("SEQUENTIAL")).release().ptr());
-    g->forward = py::object(matcher.attr("SEQUENTIAL_FORWARD")).release().ptr();
+    for (const py::handle entry : py::list(py::module_::import("fastseq.matcher").attr("LOOKED_UP"))) {
+      const auto [owner, name, value] = entry.cast<std::tuple<py::object, std::string, py::object>>();
+      const std::string path = py::str(owner.attr("__name__")).cast<std::string>() + "." + name;
+      py::object holder = PyType_Check(owner.ptr()) ? owner : py::object(owner.attr("__dict__"));
+      g->originals.push_back(
+          {holder.release().ptr(), interned(name.c_str()), py::object(value).release().ptr(), lasting(path + " was replaced")});
+    }
     return g;
   }();
   for (PyObject* hooks : globals->hooks)
     if (PyDict_GET_SIZE(hooks) != 0) return "hooks for all modules are registered";
-  if (type_forward(globals->sequential) != globals->forward) return "torch.nn.Sequential.forward was replaced";
+  for (const Original& original : globals->originals)
+    if (original.found() != original.value) return original.reason;
   return nullptr;
 }
 

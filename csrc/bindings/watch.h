@@ -68,8 +68,8 @@ class ForwardWatch {
   std::vector<Name> names_;
 };
 
-// Null, or what concerns all modules and so leaves every run to eager: hooks registered for all of them, or an nn.Sequential whose
-// class was given another forward.
+// Null, or what concerns all modules and so leaves every run to eager: hooks registered for all of them, or another function in
+// the place of one that eager looks up by name (fastseq.matcher.LOOKED_UP).
 Reason refuse_globally();
 
 }  // namespace fastseq

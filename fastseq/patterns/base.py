@@ -30,7 +30,7 @@ class Pattern:
 # The attributes that a layer's forward reads from its __dict__, and the parameters it reads. A change of any of them
 # between two calls means a new match.
 ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward"),
     nn.ReLU: ("inplace",),
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     nn.Flatten: ("start_dim", "end_dim"),
