@@ -127,6 +127,35 @@ def test_03_a_forward_on_the_instance_counts_and_a_call_on_the_instance_does_not
     assert_close_to_eager(fast, x, runs=1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (nn.Module, "__call__"),
+        (nn.Module, "_call_impl"),
+        *((kind, "__call__") for kind in (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten, nn.Dropout, nn.Sequential)),
+    ],
+)
+def test_03_a_call_replaced_on_a_class_counts(
+    kind: type[nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tracers and profilers do it: the replacement is called for every layer and container that it concerns."""
+    fast, x, log = fastseq.optimize(nested_net()), images(), list[str]()
+    before = assert_close_to_eager(fast, x, runs=1)
+    own = getattr(kind, name)
+
+    def call_and_log(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        log.append(type(self).__name__.replace("FusedSequential", "Sequential"))
+        return own(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(kind, name, call_and_log)
+        expected = plain(fast)(x)
+        seen, log[:] = log[:], []
+        assert torch.equal(fast(x), expected) and log == seen
+        assert len(log) == (11 if kind is nn.Module else log.count(kind.__name__)) > 0
+    assert torch.equal(assert_close_to_eager(fast, x, runs=1), before)
+
+
 class LoRA(nn.Linear):
     """A low-rank update beside the weight."""
 
@@ -184,6 +213,35 @@ def test_04_a_subclass_of_a_layer_is_another_layer(name: str) -> None:
     if hasattr(layer, "weight_fake_quant"):
         layer.apply(torch.ao.quantization.disable_observer)  # an observer would see the second of two calls
     assert_declined(layer, images(), reason)
+
+
+@pytest.mark.parametrize("when", ["before optimize", "after a call"])
+@pytest.mark.parametrize("place", ["instance", "class"])
+def test_04_a_convolution_may_be_given_another_inner_forward(
+    place: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`conv._conv_forward = f`, by which programs make padding circular in one direction alone."""
+
+    def wrap_around(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = nn.functional.pad(x, (1, 1, 0, 0), mode="circular")
+        return nn.functional.conv2d(x, weight, bias, self.stride, (1, 0))
+
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 3)), images()
+    fast = fastseq.optimize(model)
+    before = assert_close_to_eager(fast, x, runs=1)
+    with monkeypatch.context() as patch, torch.no_grad():
+        if place == "class":
+            patch.setattr(nn.Conv2d, "_conv_forward", wrap_around)
+        else:
+            patch.setattr(fast[0], "_conv_forward", wrap_around.__get__(fast[0]), raising=False)
+        fast = fastseq.optimize(fast) if when == "before optimize" else fast
+        for _ in range(2):
+            expected, (result, counters) = plain(fast)(x), call(fast, x)
+            torch.testing.assert_close(result, expected)
+            assert result.shape != before.shape or not torch.allclose(result, before)
+            assert counters["fused_calls"] == (0 if place == "class" else 1)
+    if when == "after a call":
+        assert torch.equal(assert_close_to_eager(fast, x, runs=1), before)
 
 
 def test_04_a_relu6_behind_a_convolution_is_no_relu() -> None:

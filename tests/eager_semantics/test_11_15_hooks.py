@@ -212,6 +212,23 @@ def test_14_an_active_mode_sees_every_operation(mode: Any, expected: Log) -> Non
     assert torch.equal(assert_close_to_eager(fast, x, runs=1), before)
 
 
+@pytest.mark.parametrize("name", ["conv2d", "relu", "max_pool2d", "linear", "dropout"])
+def test_14_a_replaced_function_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some profilers put functions of their own into torch.nn.functional, where eager finds them."""
+    fast, x, log = fastseq.optimize(conv_net()), images(), list[str]()
+    before = assert_close_to_eager(fast, x, runs=1)
+    own = getattr(nn.functional, name)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(nn.functional, name, lambda *args, **kwargs: log.append(name) or own(*args, **kwargs))
+        expected = eager(fast, x)
+        seen, log[:] = log[:], []
+        result, counters = call(fast, x)
+        assert torch.equal(result, expected) and log == seen != []
+        assert counters["fallbacks"] == {f"torch.nn.functional.{name} was replaced": 1}
+        assert torch.equal(fastseq.optimize(fast)(x), expected)
+    assert torch.equal(assert_close_to_eager(fast, x, runs=1), before)
+
+
 def test_14_flops_are_counted_as_in_eager() -> None:
     """2 images, 4 maps of 6x6, 27 products each: 15552 operations."""
     model, x = small()
