@@ -2,6 +2,9 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/util/Exception.h>
+
+#include <new>
 
 #include <chrono>
 #include <thread>
@@ -120,7 +123,15 @@ Outcome NativeRun::call(PyObject* object) {
   try {
     if (backend == Backend::kCpu) {
       cuda_.forget_last_plan();
-      return {cpu_.call(*input, view, parameters_), nullptr};
+      // Nothing was written yet. Eager may need less, or says in its own words that there is too little.
+      constexpr Reason no_memory = "not enough memory for a fused run";
+      try {
+        return {cpu_.call(*input, view, parameters_), nullptr};
+      } catch (const std::bad_alloc&) {
+        return {{}, no_memory};
+      } catch (const c10::Error&) {  // torch's allocator; the CPU engine asks nothing else of torch
+        return {{}, no_memory};
+      }
     }
     cpu_.forget_last_plan();
     return {cuda_.call(*input, view, parameters_), nullptr};
