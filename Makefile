@@ -7,13 +7,14 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+FUZZ_ARGS ?=
 export FASTSEQ_CUDA FASTSEQ_DEBUG TORCH_CUDA_ARCH_LIST
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test bench lint format clean distclean FORCE
+.PHONY: help venv build demo test fuzz bench lint format clean distclean FORCE
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -81,6 +82,10 @@ test: build ## run the tests
 	$(say) "test: pytest -q $(PYTEST_ARGS)"
 	@$(PY) -m fastseq
 	@$(PY) -m pytest -q $(PYTEST_ARGS) && echo "== test: PASSED" || { echo "== test: FAILED" >&2; exit 1; }
+
+fuzz: build ## compare random models, plain and optimised (FUZZ_ARGS="--cases 20000 --jobs 2")
+	$(say) "fuzz: python -m tests.fuzz $(FUZZ_ARGS)"
+	@$(PY) -m tests.fuzz $(FUZZ_ARGS)
 
 bench: build $(STAMPS)/bench ## compare speeds with other engines (many minutes)
 	$(say) "bench: benchmarks/bench_models.py $(BENCH_ARGS)"
