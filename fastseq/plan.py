@@ -88,9 +88,10 @@ class CompiledMatch:
         self.program: Any = make(owner, containers, segments, forwards)
         if _env.verbose():
             self.program = LoggedProgram(self.program, [run for run in self.runs if run is not None])
-        self.call = self.program.call
+        self.refused = refused = module.Refused
+        # An instance's own forward runs at each call; it may ask for the class's forward, and gets that one fused.
+        self.call = self.program.call if "forward" not in owner.__dict__ else lambda *_: refused
         self.attempt = self.program.attempt
-        self.refused = module.Refused
 
     def stats(self) -> dict[str, Any]:
         return add_stats([self.past, self.program.stats()])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 from conftest import run_python
 from dropin import one_thread  # noqa: F401
 from fuzz import campaign, plants
@@ -20,6 +21,9 @@ from fuzz.reduce import reduce, replay
 from fuzz.source import SeededSource
 from fuzz.strategies import cases, make_case
 from hypothesis import HealthCheck, given, settings
+from torch import nn
+
+import fastseq
 
 PLANTS = sorted(set(plants.PLANTS) - {"killed_process"})
 
@@ -118,3 +122,27 @@ def test_a_failure_comes_with_a_reduced_case_that_can_be_replayed() -> None:
     choices = next(line.split()[1] for line in run.stdout.splitlines() if line.strip().startswith("--replay "))
     again = run_python(*arguments, "--replay", choices)
     assert again.returncode == 1 and "differs most at" in again.stdout, again.stderr
+
+
+# What it found --------------------------------------------------------------------------------------------------------
+
+
+def conv_net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5)).eval()
+
+
+def test_an_instances_own_forward_runs_at_each_call_and_may_call_the_classes_one() -> None:
+    """The second call skipped it: what it calls was planned with it in place."""
+    model = conv_net()
+    fast = fastseq.optimize(model)
+    x = torch.randn(2, 2, 6, 6)
+    with torch.no_grad():
+        expected = model(x)
+        fast.forward = lambda x, forward=fast.forward: -forward(x)
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), -expected)
+        assert fastseq.stats(fast)["fused_calls"] == 3
+        del fast.forward
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), expected)
+        assert fastseq.stats(fast) == {"fused_calls": 5, "eager_calls": 0, "fallbacks": {}}
