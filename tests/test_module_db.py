@@ -1,10 +1,11 @@
-"""PyTorch's own cases as ours: every sample of its `module_db`, and those of conv2d, max_pool2d, linear and relu.
+"""PyTorch's own cases as ours: the samples of its `module_db`, and those of conv2d, max_pool2d, linear and relu.
 
-Each module stands in a Sequential alone, before ReLU and MaxPool2d, behind a fused run, between two, and before one; the
-Sequential is called twice (the second call takes the fast lane) without gradients, with frozen weights, and with gradients;
-images also in channels_last order. Whatever a call has, eager's has: value, dtype, strides, autograd history, exception,
-random numbers drawn, a changed input, buffers. What runs eager has eager's very bits, what runs fused is as close to float64
-as eager is. How many native calls it took is known beforehand, so that nothing stays eager unnoticed.
+A module stands in a Sequential alone, between two fused runs, behind one, and before ReLU and MaxPool2d. The Sequential
+is called without gradients (twice: the second call takes the fast lane), with frozen weights and with gradients; images
+also in channels_last order. Whatever a call does, eager does: value, dtype, strides, autograd history, gradients,
+exception, random numbers drawn, buffers, what happens to the input. What runs eager has eager's very bits, what runs
+fused is as close to float64 as eager is. How many native calls it takes is known beforehand, so that nothing stays
+eager unnoticed.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ GRAD = Mode("grad", grad_mode=True, requires_grad=True)
 ALL_MODES = (NO_GRAD, NO_GRAD, FROZEN, GRAD)  # twice without gradients: the second call takes the fast lane
 
 MEMORY_ORDERS = ("as given", "channels_last", "channels_last weights")
-CORE = ("nn.Conv2d", "nn.LazyConv2d", "nn.MaxPool2d", "nn.Linear", "nn.ReLU")  # tested with everything above
+# What is tested with everything above, and how many samples of it there are at least.
+CORE = {"nn.Conv2d": 4, "nn.LazyConv2d": 4, "nn.MaxPool2d": 3, "nn.Linear": 3, "nn.ReLU": 4}
 
 # Why a float32 Sequential that nothing is wrong with may run eager all the same.
 DOCUMENTED = (
@@ -193,12 +195,16 @@ def _compare_call(plain: nn.Sequential, fast: nn.Module, x: Any, mode: Mode, cou
     # A ReLU in place changes the argument.
     (assert_close if counters["fused_calls"] else assert_same)(arguments[1], arguments[0])
     if mode is GRAD and expected.error is None and backward_is_safe(plain):
+        errors = []
         for model, result in ((plain, expected.value), (fast, actual.value)):
             model.zero_grad()
             if isinstance(result, Tensor) and result.requires_grad:
-                result.backward(torch.ones_like(result))
+                errors.append(outcome(result.backward, torch.ones_like(result)))
+        assert not errors or errors[0] == errors[1]  # eager refuses after some changes in place
         for parameter, other in zip(plain.parameters(), fast.parameters(), strict=True):
             assert_same(other.grad, parameter.grad)
+        if isinstance(x, Tensor):
+            assert_same(arguments[1].grad, arguments[0].grad)
     return bool(counters["fused_calls"])
 
 
@@ -277,6 +283,15 @@ def assert_close(actual: Any, expected: Any, exact: Outcome | None = None) -> No
     assert error <= max(1e-6, 4 * eager_error), f"error {error:.2g} against float64, eager's is {eager_error:.2g}"
 
 
+def in_place(case: Case) -> Case:
+    def make() -> nn.Module:
+        module: Any = case.make()
+        module.inplace = True
+        return module
+
+    return case._replace(name=f"{case.name} in place", make=make)
+
+
 def compare_in_chains(
     case: Case,
     counts: Counts,
@@ -311,11 +326,9 @@ def test_there_are_samples() -> None:
     one_tensor = []
     for name, info in MODULES.items():
         cases = [case for case in module_cases(info, torch.float32, training=False) if not case.more]
-        assert len(cases) >= {"nn.Conv2d": 4, "nn.LazyConv2d": 4, "nn.MaxPool2d": 3, "nn.Linear": 3, "nn.ReLU": 4}.get(
-            name, 0
-        )
+        assert len(cases) >= CORE.get(name, 0), name
         one_tensor += cases
-    assert set(CORE) <= set(MODULES)
+    assert not set(CORE) - set(MODULES)
     assert len(MODULES) >= 100
     assert len(one_tensor) >= 300
     assert sum(bool(module_error_cases(info, training=True)) for info in MODULES.values()) >= 12
@@ -357,10 +370,11 @@ def test_module_samples(name: str) -> None:
                 compare_in_chains(case, counts, OTHERS if len(cases) <= 20 else (), (NO_GRAD,), MEMORY_ORDERS)
             else:
                 compare_in_chains(case, counts, FEW, (NO_GRAD, GRAD))
+            if in_full and not training and hasattr(case.make(), "inplace"):  # which no sample has
+                compare_in_chains(in_place(case), counts, (*FEW, "run relu sample"))
         # A Sequential hands one argument on. Of samples with more, some will do: nearly all of them raise.
         for case in [case for case in cases if case.more][:2]:
             compare_in_chains(case, counts, FEW, (NO_GRAD,))
-    print(counts)
     assert counts.fused > 0
     assert counts.raised < counts.calls or all(case.more for case in cases)
 
@@ -374,7 +388,6 @@ def test_module_errors(name: str, training: bool) -> None:
             # An error of another argument is none in a Sequential, and BatchNorm's are errors in training only.
             case = case._replace(error=None)
         compare_in_chains(case, counts, orders=MEMORY_ORDERS)
-    print(counts)
     assert counts.raised > 0
 
 
@@ -385,7 +398,7 @@ def test_function_samples(name: str) -> None:
         cases = op_cases(name, dtype)
         assert cases, f"{name} has no samples for {dtype}"
         if name == "nn.functional.max_pool2d":
-            # Each combination of its settings: all of them alone, a part in the rest. The steps divide no factor of 1440.
+            # Each combination of its settings: all of them alone, a part in the rest. The steps are coprime to 1440.
             if dtype is torch.float32:
                 for case in cases:
                     compare_in_chains(case, counts, (ALONE,), (NO_GRAD, NO_GRAD))
@@ -397,7 +410,6 @@ def test_function_samples(name: str) -> None:
                 compare_in_chains(case, counts, orders=MEMORY_ORDERS)
             else:
                 compare_in_chains(case, counts, FEW, (NO_GRAD, GRAD))
-    print(counts)
     assert counts.fused > 0
 
 
@@ -406,5 +418,4 @@ def test_function_errors(name: str) -> None:
     counts = Counts()
     for case in op_error_cases(name):
         compare_in_chains(case, counts, orders=MEMORY_ORDERS)
-    print(counts)
     assert counts.raised > 0

@@ -1,8 +1,8 @@
 """The cases PyTorch tests its own modules with, as pairs of a module and an input.
 
-They come from `torch.testing._internal`: `module_db` lists modules, `op_db` functions, each with samples by dtype and with
-inputs that are errors. `torch.testing._internal` is no public interface: what is missing or has another form than torch 2.11
-to 2.13 have fails here by name, it is not left out.
+They come from `torch.testing._internal`: `module_db` lists modules, `op_db` functions, each with samples by dtype and
+with inputs that are errors. That is no public interface: where it has another form than in torch 2.11 to 2.13, this
+fails, it leaves nothing out.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ OPS: dict[str, Any] = {op.name: op for op in op_db if op.name in FUNCTIONS and n
 def op_cases(name: str, dtype: torch.dtype) -> list[Case]:
     """The samples of one function, each as a module that holds the function's weights and settings."""
     op = OPS[name]
-    # For an elementwise function the latter are more: views, sizes, special values. The largest are left out. (Through the
-    # methods of these names the seed of every device would be set for each sample, which takes longer than a test.)
+    # For an elementwise function the latter are more: views, sizes, special values. The largest are left out. (The
+    # methods of these names set the seed of every device for each sample, which takes longer than the tests.)
     make = op.reference_inputs_func or op.sample_inputs_func
     samples = [sample for sample in make(op, "cpu", dtype, requires_grad=False) if sample.input.numel() <= 1000]
     return [_op_case(name, i, sample, dtype) for i, sample in enumerate(samples)]
