@@ -3,8 +3,16 @@ torch's number of threads is obeyed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import gc
+import pickle
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -234,3 +242,236 @@ def test_a_python_thread_may_have_its_own_number_of_threads() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(alone).result(), expected)
+
+
+# Everything at once -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def switch_often() -> Iterator[None]:
+    """Python changes threads as often as it can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+SERVED = {"seed1": (1, 3), "seed2": (1, 7, 64), "seed3": (1, 4), "lenet5": (1, 5, 16)}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sixteen_threads_four_models(threads: int, switch_often: None) -> None:
+    """Batches, memory formats and, where the model takes them, image sizes mixed."""
+    torch.set_num_threads(threads)
+    fused = {name: fastseq.optimize(MODELS[name].build()) for name in SERVED}
+    work: list[tuple[str, Tensor]] = []
+    for name, batches in SERVED.items():
+        for batch in batches:
+            x = MODELS[name].example(batch)
+            work += [(name, x), (name, -x.flip(0))]
+            if name in ("seed1", "lenet5"):
+                work.append((name, x.to(memory_format=torch.channels_last)))
+            if name == "seed1":  # more signatures than a run keeps plans for
+                work += [(name, torch.randn(batch, 1, 20 + i, 31 - i)) for i in range(5)]
+    with torch.no_grad():
+        expected = [run_fused(MODELS[name].build(), x) for name, x in work]
+
+    def caller(number: int) -> list[str]:
+        wrong = []
+        with torch.no_grad():
+            for i in range(40):
+                which = (number * 11 + i * 7) % len(work)
+                name, x = work[which]
+                if not torch.equal(fused[name](x), expected[which]):
+                    wrong.append(f"{name} {tuple(x.shape)}")
+        return wrong
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(caller, range(16))) == [[]] * 16
+    for model in fused.values():
+        assert_was_fused(model)
+
+
+def counts(model: nn.Module) -> bool:
+    counters = fastseq.stats(model)
+    return counters["fused_calls"] >= 0 and not counters["fallbacks"]
+
+
+def explains(model: nn.Module) -> bool:
+    return "linear_relu" in str(fastseq.explain(model)) and "fused" in repr(fastseq.explain(model).to_dict())
+
+
+# What another thread may do to a model that is being called, none of which changes its answers.
+MEANWHILE: dict[str, Callable[[Any, Tensor], bool]] = {
+    "optimize": lambda model, x: type(fastseq.optimize(model)(x)) is Tensor,
+    "deepcopy": lambda model, x: type(copy.deepcopy(model)(x)) is Tensor,
+    "pickle": lambda model, x: type(pickle.loads(pickle.dumps(model))(x)) is Tensor,
+    "explain": lambda model, x: explains(model),
+    "explain a call": lambda model, x: str(fastseq.explain(model, x)) != "",
+    "stats": lambda model, x: counts(model),
+    "reset_stats": lambda model, x: fastseq.reset_stats(model) is None,
+    "refresh": lambda model, x: fastseq.refresh(model) is None,
+    "verify": lambda model, x: fastseq.verify(model, x) is not None,
+    "state_dict": lambda model, x: len(model.state_dict()) == 10,
+    "eval": lambda model, x: model.eval() is model,
+    "collect garbage": lambda model, x: gc.collect() >= 0,
+    "replace a layer by its equal": lambda model, x: model.__setitem__(1, nn.ReLU()) is None,
+    "zero_grad": lambda model, x: model.zero_grad() is None,
+    "set_num_threads": lambda model, x: torch.set_num_threads(2) is None,
+}
+SLOW = ("optimize", "deepcopy", "pickle", "verify", "collect garbage")
+
+
+@pytest.mark.parametrize("what", MEANWHILE)
+def test_what_else_threads_do_meanwhile(what: str, switch_often: None) -> None:
+    torch.set_num_threads(1)
+    plain = MODELS["lenet5"].build()
+    fused = fastseq.optimize(plain)
+    inputs = [MODELS["lenet5"].example(batch) for batch in (1, 4)]
+    expected = [run_fused(plain, x) for x in inputs]
+    running = threading.Event()
+    running.set()
+
+    def caller(number: int) -> int:
+        calls = 0
+        with torch.no_grad():
+            while running.is_set() or calls < 5:
+                which = (number + calls) % 2
+                assert torch.equal(fused(inputs[which]), expected[which])
+                calls += 1
+        return calls
+
+    with ThreadPoolExecutor(6) as pool:
+        callers = [pool.submit(caller, i) for i in range(4)]
+
+        def meddle() -> bool:
+            with torch.no_grad():
+                return all(MEANWHILE[what](fused, inputs[i % 2]) for i in range(6 if what in SLOW else 40))
+
+        meddlers = [pool.submit(meddle) for _ in range(2)]
+        try:
+            assert all(task.result(60) for task in meddlers)
+        finally:
+            running.clear()
+        assert all(task.result(60) >= 5 for task in callers)
+    with torch.no_grad():
+        assert torch.equal(fused(inputs[0]), expected[0])
+
+
+def test_training_copies_while_others_call_the_model(switch_often: None) -> None:
+    """The models share nothing: one trains, its siblings serve."""
+    torch.set_num_threads(1)
+    plain = MODELS["seed2"].build()
+    served, x = fastseq.optimize(plain), MODELS["seed2"].example(5)
+    expected = run_fused(plain, x)
+
+    def caller(_: int) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(served(x), expected) for _ in range(100))
+
+    def trainer(_: int) -> Tensor:
+        model = fastseq.optimize(served)
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(20):
+            optimiser.zero_grad()
+            model(x).square().mean().backward()
+            optimiser.step()
+        with torch.no_grad():
+            result: Tensor = model(x)
+        assert fastseq.stats(model)["fused_calls"] == 1
+        return result
+
+    with ThreadPoolExecutor(8) as pool:
+        trained = [pool.submit(trainer, i) for i in range(4)]
+        assert all(pool.map(caller, range(4)))
+        results = [task.result(60) for task in trained]
+    assert all(torch.equal(result, results[0]) for result in results) and not torch.equal(results[0], expected)
+
+
+GONE: dict[str, Callable[[list[Any]], Any]] = {
+    "the model": lambda holder: holder.clear(),
+    "its layers": lambda holder: [holder[0].__delitem__(0) for _ in range(len(holder[0]))],
+    "its weights": lambda holder: [setattr(m, "weight", None) for m in holder[0] if hasattr(m, "weight")],
+    "its packed weights": lambda holder: fastseq.refresh(holder[0]),
+    "its attributes": lambda holder: holder[0].__dict__.clear(),
+}
+
+
+@pytest.mark.parametrize("what", GONE)
+def test_what_is_deleted_while_a_call_uses_it(what: str) -> None:
+    """The call ends with the result it began. Ten calls, of which some are inside their kernels at that moment."""
+    torch.set_num_threads(1)
+    plain = MODELS["seed1"].build()
+    x = MODELS["seed1"].example(12)
+    expected = run_fused(plain, x)
+    for i in range(10):
+        holder: list[Any] = [fastseq.optimize(plain)]
+        gone = weakref.ref(holder[0])
+        begins = threading.Event()
+
+        def call(holder: list[Any] = holder, begins: threading.Event = begins) -> Tensor:
+            with torch.no_grad():
+                holder[0](x)
+                begins.set()
+                # From here on nothing but this frame may hold the model.
+                result: Tensor = holder[0](x)
+                return result
+
+        with ThreadPoolExecutor(1) as pool:
+            task = pool.submit(call)
+            assert begins.wait(60)
+            time.sleep(0.0003 * i)
+            try:
+                GONE[what](holder)
+                result = task.result(60)
+            except (IndexError, TypeError, AttributeError, RuntimeError):
+                # It came before the call, which found no model or a broken one, as eager would.
+                assert what != "its packed weights"
+                continue
+        # A call that began with part of the layers gives what those give.
+        assert torch.equal(result, expected) or what == "its layers"
+        holder.clear()
+        gc.collect()
+        del task
+        assert gone() is None
+
+
+ENDS_WITH_THREADS = """
+import sys, threading, torch, fastseq
+from concurrent.futures import ThreadPoolExecutor
+from fastseq.testing import MODELS
+
+torch.set_num_threads(2)
+sys.setswitchinterval(1e-5)
+models = {name: fastseq.optimize(MODELS[name].build()) for name in ("seed1", "seed2", "seed3", "lenet5")}
+inputs = {name: MODELS[name].example(8) for name in models}
+begun = threading.Barrier(9)
+done = []
+
+def serve(name):
+    with torch.no_grad():
+        models[name](inputs[name])
+        begun.wait(60)
+        for _ in range(50):
+            models[name](inputs[name])
+    done.append(name)
+    print(len(done), flush=True)
+
+names = list(models) * 2
+if sys.argv[1] == "threads":
+    for name in names:
+        threading.Thread(target=serve, args=(name,)).start()
+else:
+    pool = ThreadPoolExecutor(8)
+    for name in names:
+        pool.submit(serve, name)
+begun.wait(60)
+# The end of the program: Python waits for its threads, and whatever they use must still be there.
+"""
+
+
+@pytest.mark.parametrize("kind", ["threads", "executor"])
+def test_the_program_ends_while_threads_call(kind: str) -> None:
+    done = run_python("-c", ENDS_WITH_THREADS, kind)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert len(done.stdout.split()) == 8
