@@ -337,7 +337,11 @@ def test_what_else_threads_do_meanwhile(what: str, switch_often: None) -> None:
         with torch.no_grad():
             while running.is_set() or calls < 5:
                 which = (number + calls) % 2
-                assert torch.equal(fused(inputs[which]), expected[which])
+                result = fused(inputs[which])
+                if what == "replace a layer by its equal":  # one after the other: the call may have run eager
+                    torch.testing.assert_close(result, expected[which], rtol=1e-4, atol=1e-4)
+                else:
+                    assert torch.equal(result, expected[which])
                 calls += 1
         return calls
 
