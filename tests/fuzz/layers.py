@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import linecache
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: F401 - named in the lines of holders
 
 from .case import Case, Group, Input, Layer
 
@@ -69,8 +68,8 @@ class NegatingSequential(nn.Sequential):
 
 OWN = (Scale, Doubles, SubConv2d, SubLinear, SubReLU, SubMaxPool2d, SubSequential, NegatingSequential)
 KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in OWN}
+SPECIAL_WEIGHTS = {"nan": float("nan"), "infinite": float("inf"), "minus infinite": -float("inf"), "huge": 1e12}
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-BRANCHING = ("if ", "else:")
 
 
 def kind_of(name: str) -> type[nn.Module]:
@@ -138,6 +137,8 @@ def fill(model: nn.Module, weights: str) -> None:
                 parameter.copy_(torch.randint(-1, 2, parameter.shape))
             elif weights == "sparse":
                 parameter.mul_(torch.rand_like(parameter) < 0.3)
+            elif weights in SPECIAL_WEIGHTS:
+                parameter[torch.rand_like(parameter) < 0.04] = SPECIAL_WEIGHTS[weights]
         for module in model.modules():
             if isinstance(module, NORMS) and module.running_mean is not None:
                 module.running_mean.normal_()
@@ -174,6 +175,12 @@ def build_values(given: Input, shape: tuple[int, ...]) -> Tensor:
     return x.to(DTYPES[given.dtype])
 
 
+def surroundings(given: Input, shape: tuple[int, ...]) -> Tensor:
+    """What lies around a view: NaN, which shows in any result that was computed from it."""
+    dtype = DTYPES[given.dtype]
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 9, dtype=dtype)
+
+
 def build_input(given: Input, seed: int) -> tuple[Tensor, Tensor]:
     """The input, and the memory it lies in: no call may change what surrounds it."""
     torch.default_generator.manual_seed(seed)
@@ -192,20 +199,20 @@ def build_input(given: Input, seed: int) -> tuple[Tensor, Tensor]:
         base = build_values(given, (*shape[1:], shape[0]))
         x = base.movedim(-1, 0)
     elif layout == "sliced" and len(shape) >= 1:
-        base = build_values(given, (*shape[:-1], 2 * shape[-1] + 1))
-        x = base[..., 1::2]
+        base = surroundings(given, (*shape[:-1], 2 * shape[-1] + 1))
+        x = base[..., 1::2].copy_(build_values(given, shape))
     elif layout == "cropped" and len(shape) >= 2:
-        base = build_values(given, (*shape[:-2], shape[-2] + 2, shape[-1] + 3))
-        x = base[..., 1:-1, 2:-1]
+        base = surroundings(given, (*shape[:-2], shape[-2] + 2, shape[-1] + 3))
+        x = base[..., 1:-1, 2:-1].copy_(build_values(given, shape))
     elif layout == "channel_slice" and len(shape) >= 3:
-        base = build_values(given, (*shape[:-3], shape[-3] + 2, *shape[-2:]))
-        x = base[..., 1:-1, :, :]
+        base = surroundings(given, (*shape[:-3], shape[-3] + 2, *shape[-2:]))
+        x = base[..., 1:-1, :, :].copy_(build_values(given, shape))
     elif layout == "expanded" and len(shape) >= 2:
         base = build_values(given, (1, *shape[1:]))
         x = base.expand(shape)
     elif layout == "offset":
-        base = build_values(given, (3 + torch.Size(shape).numel(),))
-        x = base[1:-2].view(shape)
+        base = surroundings(given, (3 + torch.Size(shape).numel(),))
+        x = base[1:-2].view(shape).copy_(build_values(given, shape))
     elif layout == "negated":
         base = build_values(given, shape)
         x = torch._neg_view(base) if base.is_floating_point() else base
@@ -218,7 +225,3 @@ def build_input(given: Input, seed: int) -> tuple[Tensor, Tensor]:
     if given.requires_grad and x.is_floating_point():
         x.requires_grad_()
     return x, base
-
-
-# Named in the lines of holders.
-HOLDER_GLOBALS: tuple[Any, ...] = (torch, F)

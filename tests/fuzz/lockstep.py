@@ -7,6 +7,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +30,17 @@ SUPPORTED_ISAS = {row["isa"] for row in fastseq.kernels() if row["supported"]}
 EXACT = {"ReLU", "MaxPool2d", "Flatten", "Identity", "ZeroPad2d", "ReflectionPad2d", "Unflatten"}
 # Layers and changes that make integers of integers.
 SUMMING = {"Conv2d", "Linear", "SubConv2d", "SubMaxPool2d", "SubLinear", "Doubles", "Dropout", "Dropout2d"}
+NATIVE = {"Conv2d", "Linear", "ReLU", "MaxPool2d", "Flatten", "Identity", "Dropout"}
 KEEPS_INTEGERS = {
     *("load_state_dict", "load_state_dict_assign", "load_some_state", "write_data", "scale_data", "write_numpy"),
     *("write_no_grad", "write_one_element", "new_parameter", "replace_data", "share_parameter", "drop_bias"),
     *("swap_tensors", "set_requires_grad", "delete", "to_memory_format", "to_dtype_and_back", "deepcopy", "refresh"),
     *("pickle_roundtrip", "optimize_again", "look", "set_attribute", "new_parameter_layout", "vector_roundtrip"),
 }
+
+
+class Subclass(Tensor):
+    """A tensor that is more than a tensor to its owner."""
 
 
 class Difference(AssertionError):
@@ -216,8 +222,51 @@ class Lockstep:
         for number, (found, wanted) in enumerate(zip(tensors(actual.value), outputs, strict=True)):
             self.compare_outputs(found, wanted, (fused_x, plain_x), fused, call, number)
         self.compare_gradients(actual, expected, fused)
+        if fused and not eager and isinstance(actual.value, Tensor) and self.runs_in_one_piece():
+            self.keep_promises(call, actual.value)
         self.synchronise()
         self.kept += [(t.detach(), t.detach().clone()) for t in tensors(actual.value) if memory(t) != memory(fused_x)]
+
+    def runs_in_one_piece(self) -> bool:
+        """Whether no eager layer takes part, whose bits may depend on the batch size and the number of threads."""
+        layers = [part for part in walk(self.case.parts) if isinstance(part, Layer)]
+        runs_fused = all(
+            layer.kind in NATIVE
+            and not layer.kwargs.keys() & {"dilation", "groups", "padding_mode"}
+            and (layer.kind != "Flatten" or not layer.args)
+            for layer in layers
+        )
+        return runs_fused and not self.was_changed and not self.case.lines and not self.case.hooks
+
+    def keep_promises(self, call: Call, value: Tensor) -> None:
+        """A row of the result has the same bits in a batch of its own, in other memory formats and in any thread."""
+        x, _ = build_input(call.input, call.seed)
+        if call.style != "positional" or x.dim() != 4 or value.dim() < 2 or x.shape[0] != value.shape[0]:
+            return
+        row = call.seed % x.shape[0]
+        trials = {
+            "alone": (1, lambda: self.fused(x[row : row + 1].clone())[0], value[row]),
+            "contiguous": (2, lambda: self.fused(x.contiguous()), value),
+            "with other threads": (call.threads % 3 + 1, lambda: self.fused(x), value),
+        }
+        for name, (threads, trial, wanted) in trials.items():
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                found = trial()
+            self.check(found.shape == wanted.shape and same_values(found, wanted), f"other bits {name}")
+        if call.seed % 4 == 0:
+            self.check_concurrent_calls(x, value)
+
+    def check_concurrent_calls(self, x: Tensor, wanted: Tensor) -> None:
+        def call() -> Tensor:
+            torch.set_num_threads(1)
+            with torch.no_grad():
+                return [self.fused(x[: 1 + i % x.shape[0]].clone() if i % 2 else x.clone()) for i in range(4)][-2]
+
+        with ThreadPoolExecutor(3) as pool:
+            for found in [task.result() for task in [pool.submit(call) for _ in range(3)]]:
+                self.check(same_values(found, wanted), "other bits in concurrent calls")
+        self.features["concurrent calls"] += 12
 
     def run(self, model: nn.Module, x: Tensor, call: Call) -> Side:
         side = Side()
@@ -226,6 +275,7 @@ class Lockstep:
             "no_grad": torch.no_grad(),
             "inference": torch.inference_mode(),
             "grad": nullcontext(),
+            "autocast": torch.autocast("cpu", torch.bfloat16),
         }
         hooks = recording.add_global_hook(call.global_hook, model) if call.global_hook else None
         torch.default_generator.manual_seed(call.seed)
@@ -246,6 +296,8 @@ class Lockstep:
         return side
 
     def invoke(self, model: nn.Module, x: Tensor, style: str) -> Any:
+        if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
+            return model(x)  # transforms cannot initialise
         if style == "keyword":
             return model(**{"input" if isinstance(model, nn.Sequential) else "x": x})
         if style == "two":
@@ -254,12 +306,26 @@ class Lockstep:
             return model(None)
         if style == "forward":
             return model.forward(x)
+        if style == "functional":
+            return torch.func.functional_call(model, {name: p * 2 for name, p in model.named_parameters()}, (x,))
+        if style == "vmap":
+            return torch.func.vmap(model)(x)
+        if style == "jvp":
+            return torch.func.jvp(model, (x,), (torch.ones_like(x),))
+        if style == "subclass":
+            return model(x.as_subclass(Subclass))
         return model(x)
 
     def is_backward_unsafe(self) -> bool:
-        """torch's MaxPool2d may write out of bounds in backward if a window lies wholly in the padding."""
+        """Where eager itself may write out of bounds or crash.
+
+        A MaxPool2d with dilation, if a window lies wholly in the padding; a GroupNorm, if its input is channels_last
+        and needs no gradient.
+        """
         return any(
-            isinstance(module, nn.MaxPool2d) and module.dilation not in (1, (1, 1)) for module in self.plain.modules()
+            isinstance(module, nn.GroupNorm)
+            or (isinstance(module, nn.MaxPool2d) and module.dilation not in (1, (1, 1)))
+            for module in self.plain.modules()
         )
 
     def backward(self, model: nn.Module, x: Tensor, value: Any, seed: int) -> list[Tensor | None]:

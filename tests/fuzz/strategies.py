@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from .case import Call, Case, Group, Hook, Input, Layer, Mutation
-from .layers import DTYPES
+from .layers import DTYPES, SPECIAL_WEIGHTS, walk
 from .mutations import MUTATIONS
 from .source import HypothesisSource, Source
 
@@ -19,8 +19,10 @@ Shape = tuple[int, ...]  # without the batch dimension: (C, H, W), (T, F) or (F,
 
 CHANNELS = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 20, 31, 33, 48, 65)
 FEATURES = (1, 2, 3, 5, 7, 8, 10, 13, 16, 17, 31, 33, 64, 65, 100)
+LARGE_FEATURES = (130, 257, 600)  # weights that are read or packed in other ways
 LARGEST_MAP = 6000
 NAMES = ("", "", "", "conv", "relu1", "layer", "0_1", "größe", "weight", "x", "10", "7")
+TRANSPOSED = {"ConvTranspose2d"}
 LAYOUTS = (
     *("contiguous",) * 8,
     *("channels_last", "permuted", "transposed", "batch_last", "sliced", "cropped", "channel_slice"),
@@ -29,6 +31,7 @@ LAYOUTS = (
 VALUES = (*("normal",) * 10, "special", "special", "nan", "infinite", "zeros", "denormal", "huge")
 ISAS = ("", "", "portable", "avx2", "avx512", "emulated512")
 KERNELS = ("8x16", "12x16", "9x48", "7x64", "4x64", "8x32", "6x16", "4x24", "3x32", "8x4", "6x8", "3x16", "8x8", "1x")
+STYLES = ("keyword", "two", "none", "forward", "functional", "vmap", "jvp", "subclass")
 HOOKS = ("forward", "forward_pre", "forward_kwargs", "always_call", "full_backward", "full_backward_pre")
 ACTIVATIONS = (
     *("LeakyReLU", "Sigmoid", "Tanh", "GELU", "SiLU", "ELU", "ReLU6", "Hardtanh", "Hardswish", "Softplus", "Mish"),
@@ -308,6 +311,8 @@ class Architect:
     def row_linear(self, kind: str = "Linear") -> Layer:
         source = self.source
         out = source.pick(FEATURES if source.chance(50) else FEATURES[:8])
+        if source.chance(3):
+            out = source.pick(LARGE_FEATURES)
         options = {"bias": False} if source.chance(20) else {}
         return self.add(kind, self.shape[-1], out, to=(*self.shape[:-1], out), **options)
 
@@ -355,6 +360,7 @@ class Architect:
                 lambda: self.add("Linear", features + 1, 3),
                 lambda: self.add("BatchNorm1d", features + 1),
                 lambda: self.add("Flatten", 4),
+                lambda: self.add("Linear", features, 0),
                 lambda: self.add("Softmax", dim=7),
                 lambda: self.add("Conv2d", 3, 3, 1),
                 lambda: self.add("MaxPool2d", 2),
@@ -449,11 +455,18 @@ def make_input(source: Source, shape: Shape, case_dtype: str, integers: bool) ->
 
 def make_call(source: Source, shape: Shape, case_dtype: str, integers: bool) -> Call:
     given = make_input(source, shape, case_dtype, integers)
-    mode = source.weighted([("no_grad", 60), ("inference", 20), ("grad", 20)])
+    mode = source.weighted([("no_grad", 60), ("inference", 20), ("grad", 20), ("autocast", 3)])
     global_hook = source.pick(("forward", "forward_pre", "full_backward")) if source.chance(3) else ""
-    style = source.pick(("keyword", "two", "none", "forward")) if source.chance(2) else "positional"
+    style = source.pick(STYLES) if source.chance(4) else "positional"
     threads = source.pick((1, 1, 1, 1, 1, 1, 2, 3))
     return Call(given, mode, source.integer(0, 9999), threads, global_hook, style)
+
+
+def pads(parts: list[Layer | Group], script: list[Call | Mutation]) -> bool:
+    """Whether weights meet zeros of the padding, where eager's code paths differ if a weight is not finite."""
+    kinds = {part.kind for part in walk(parts) if "padding" in getattr(part, "kwargs", {}) or part.kind in TRANSPOSED}
+    changes = {step.name for step in script if isinstance(step, Mutation)}
+    return bool(kinds & {"Conv2d", "SubConv2d", "LazyConv2d", *TRANSPOSED}) or "set_attribute" in changes
 
 
 def make_case(source: Source) -> Case:
@@ -489,12 +502,15 @@ def make_case(source: Source) -> Case:
             script.append(make_call(source, shape, dtype, integers))
     if isinstance(script[-1], Mutation):
         script.append([step for step in script if isinstance(step, Call)][-1])
+    weights = "integers" if integers else source.pick(("normal", "normal", "normal", "sparse"))
+    if source.chance(6) and not pads(parts, script):
+        weights = source.pick(tuple(SPECIAL_WEIGHTS))
     return Case(
         parts,
         script,
         lines,
         hooks,
-        weights="integers" if integers else source.pick(("normal", "normal", "normal", "sparse")),
+        weights=weights,
         seed=source.integer(0, 9999),
         training=source.chance(15),
         frozen=source.chance(20),
