@@ -6,8 +6,11 @@ import sys
 import threading
 import weakref
 from types import FrameType
+from typing import Any
 
 from torch import nn
+
+from fastseq import _native
 
 LOAD_CODE = nn.Module.load_state_dict.__code__
 
@@ -19,9 +22,12 @@ class Load:
     to it and the thread's stack tell the end of the call, also one by an exception, and keep nothing alive.
     """
 
-    def __init__(self, frame: FrameType) -> None:
+    def __init__(self, state_dict: Any) -> None:
         self._thread = threading.get_ident()
-        self._state_dict = weakref.ref(frame.f_locals["state_dict"])
+        self._state_dict = weakref.ref(state_dict)
+
+    def is_of(self, state_dict: Any) -> bool:
+        return self._state_dict() is state_dict
 
     def __call__(self) -> bool:
         if self._thread == threading.get_ident():
@@ -29,23 +35,27 @@ class Load:
         state_dict = self._state_dict()
         if state_dict is None:
             return False
-        frame = sys._current_frames().get(self._thread)
-        while frame is not None:
-            if frame.f_code is LOAD_CODE and frame.f_locals.get("state_dict") is state_dict:
-                return True
-            frame = frame.f_back
-        return False
+        return bool(_native.module().is_calling(self._thread, LOAD_CODE, "state_dict", state_dict))
+
+
+_latest = threading.local()
 
 
 def current_load() -> Load | None:
-    """The outermost `load_state_dict` that this thread is in, None if it is in none."""
+    """The outermost `load_state_dict` that this thread is in, the same object until it ends; None if it is in none."""
     found = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is LOAD_CODE:
             found = frame
         frame = frame.f_back
-    try:
-        return None if found is None else Load(found)
-    except (KeyError, TypeError):  # another torch, whose local variable is not this one: no promise then
+    if found is None:
         return None
+    state_dict = found.f_locals.get("state_dict")
+    load: Load | None = getattr(_latest, "load", None)
+    if load is None or not load.is_of(state_dict):
+        try:
+            load = _latest.load = Load(state_dict)
+        except TypeError:  # another torch, whose local variable is not this one: no promise then
+            return None
+    return load

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from fastseq import _native
 from fastseq.loading import current_load
 from fastseq.matcher import Match, cut
-from fastseq.plan import CompiledMatch
+from fastseq.plan import CompiledMatch, hold
 from fastseq.program import CHANGED
 from fastseq.sequential import COMPILED, KINDS, FusedSequential
 from fastseq.straight_line import StraightLine, straight_line
@@ -54,9 +54,7 @@ class FusedModule(nn.Module):
         return compiled
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        compiled = self.__dict__.get(COMPILED)
-        if compiled is not None:
-            compiled.hold(current_load())
+        hold(self, current_load())
         super()._load_from_state_dict(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -53,6 +54,20 @@ def native_run(segment: NativeSegment) -> Any:
     )
 
 
+# By container, its own and those around it, into whose runs its layers were taken.
+_of_container: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[CompiledMatch]] = weakref.WeakKeyDictionary()
+
+
+def hold(container: nn.Module, load: Load | None) -> None:
+    """Answer other threads with the weights of now until `load`, which is about to change `container`'s, ends."""
+    if load is None:
+        return
+    for compiled in list(_of_container.get(container, ())):
+        for run in compiled.runs:
+            if run is not None:
+                run.hold(load)
+
+
 class CompiledMatch:
     """A match with its native runs, and the program that executes both.
 
@@ -67,12 +82,15 @@ class CompiledMatch:
         self.past_declined = {} if before is None else before.declined()
         self.runs = [native_run(s) if isinstance(s, NativeSegment) else None for s in match.segments]
         module = _native.module()
+        owners = line.containers if line else list(map(Container, (owner, *match.nested)))
+        for container in owners:
+            _of_container.setdefault(container.module, weakref.WeakSet()).add(self)
         containers = [
             # A child of the same name in __dict__ would hide the registered one, as for parameters.
             module.ModuleWatch(
                 c.module, c.attributes, c.children, tuple(c.module._modules.values()), is_owner=c.module is owner
             )
-            for c in (line.containers if line else map(Container, (owner, *match.nested)))
+            for c in owners
         ]
         forwards = [module.ForwardWatch(f.function, f.names) for f in (line.forwards if line else ())]
         segments: list[ProgramSegment] = []
@@ -108,13 +126,6 @@ class CompiledMatch:
         for run in self.runs:
             if run is not None:
                 run.forget_last_plan()
-
-    def hold(self, load: Load | None) -> None:
-        """Answer other threads with the weights of now until `load`, which is about to change them, ends."""
-        if load is not None:
-            for run in self.runs:
-                if run is not None:
-                    run.hold(load)
 
     def declined(self) -> dict[str, int]:
         """Why and how often the whole forward was left to Python."""

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from fastseq import _native
 from fastseq.loading import current_load
 from fastseq.matcher import match
-from fastseq.plan import CompiledMatch
+from fastseq.plan import CompiledMatch, hold
 from fastseq.program import CHANGED
 
 # The key in __dict__ of what belongs to this process and object: never copied or pickled.
@@ -80,9 +80,7 @@ class FusedSequential(nn.Sequential):
         return compiled
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        compiled = self.__dict__.get(COMPILED)
-        if compiled is not None:
-            compiled.hold(current_load())
+        hold(self, current_load())
         super()._load_from_state_dict(*args, **kwargs)
 
     def _get_name(self) -> str:

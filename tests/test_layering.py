@@ -18,7 +18,7 @@ CSRC = ROOT / "csrc"
 LEVELS = {
     "_env": 0,
     "_native": 1,
-    "loading": 1,
+    "loading": 2,
     "patterns": 2,
     "program": 2,
     "matcher": 3,

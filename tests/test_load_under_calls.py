@@ -209,7 +209,8 @@ def test_part_of_a_model_may_be_loaded_while_others_call() -> None:
     def caller(_: int) -> bool:
         with torch.no_grad():
             while loading.is_set():
-                if not any(torch.equal(fused(x), result) for result in allowed):
+                found = fused(x)
+                if not any(torch.equal(found, result) for result in allowed):
                     return False
         return True
 

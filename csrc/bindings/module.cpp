@@ -5,6 +5,7 @@
 
 #include <chrono>
 
+#include "bindings/frames.h"
 #include "bindings/from_python.h"
 #include "bindings/native_run.h"
 #include "bindings/program.h"
@@ -91,6 +92,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("allows_cublas") = true, py::arg("kernel") = "",
         "The launches of a run on a CUDA device that need not be there. weights, biases, input: tensors of any device.");
   m.def("set_disabled", set_disabled, py::arg("is_disabled"), "Run all calls of this thread eager; returns what was so before.");
+  m.def("is_calling", is_calling, py::arg("ident"), py::arg("code"), py::arg("name"), py::arg("value"),
+        "Whether a thread is inside a call of `code` whose local variable `name` is `value`.");
   m.def("fma_peak", fma_peak, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 
   py::class_<ModuleWatch, std::shared_ptr<ModuleWatch>>(m, "ModuleWatch")

@@ -43,11 +43,14 @@ void NativeRun::refresh() {
 }
 
 void NativeRun::hold(py::object load) {
-  if (is_held()) return;  // by another thread's load: it alone says when the weights are whole again
+  if (load_.is(load)) return;  // which has begun to change the weights
+  if (is_held()) return;       // by another thread's load: it alone says when the weights are whole again
+  std::vector<py::object> replaced;
   if (cpu_.has_plans()) {
     // What is packed may be older than this moment.
     const at::Tensor probe = at::detail::empty_cpu({1}, at::kFloat, /*pin_memory=*/false, std::nullopt);
-    const Reason refused = parameters_.check(probe, false, [this](const at::Tensor& tensor) { return cpu_.fingerprint(tensor); });
+    const auto fingerprint = [this](const at::Tensor& tensor) { return cpu_.fingerprint(tensor); };
+    const Reason refused = parameters_.check(probe, false, fingerprint, replaced);
     if (parameters_.largest_change() != Change::kNone) {
       cuda_.follow(parameters_);
       try {
@@ -61,10 +64,11 @@ void NativeRun::hold(py::object load) {
 }
 
 bool NativeRun::is_held() {
-  if (!load_) return false;
-  const py::object load = load_;  // while it is asked, another thread may put another one here
-  if (load().cast<bool>()) return true;
-  if (load_.is(load)) load_ = py::object();
+  while (load_) {
+    const py::object load = load_;  // while it is asked, the next load may begin in its thread
+    if (load().cast<bool>()) return true;
+    if (load_.is(load)) load_ = py::object();
+  }
   return false;
 }
 
@@ -114,7 +118,8 @@ Outcome NativeRun::call(PyObject* object) {
 
   Parameters::Fingerprint fingerprint;  // on CUDA the device itself compares
   if (backend == Backend::kCpu) fingerprint = [this](const at::Tensor& tensor) { return cpu_.fingerprint(tensor); };
-  reason = parameters_.check(*input, records_grad, fingerprint);
+  std::vector<py::object> replaced;
+  reason = parameters_.check(*input, records_grad, fingerprint, replaced);
   if (parameters_.largest_change() != Change::kNone) {
     cpu_.forget_plans();
     cuda_.follow(parameters_);

@@ -55,7 +55,8 @@ Reason adopt(ParameterState& state, PyObject* object, bool is_required, const at
 Parameters::Parameters(const std::vector<StepSource>& steps, const std::vector<std::shared_ptr<ModuleWatch>>& watches)
     : steps_(steps), watches_(watches), states_(2 * steps.size()), changes_(steps.size(), Change::kNone) {}
 
-Reason Parameters::check(const at::Tensor& input, bool records_grad, const Fingerprint& fingerprint) {
+Reason Parameters::check(const at::Tensor& input, bool records_grad, const Fingerprint& fingerprint,
+                         std::vector<py::object>& replaced) {
   Reason refused = nullptr;
   for (size_t i = 0; i < steps_.size(); ++i) {
     changes_[i] = Change::kNone;
@@ -64,9 +65,10 @@ Reason Parameters::check(const at::Tensor& input, bool records_grad, const Finge
       ParameterState& state = states_[2 * i + which];
       PyObject* const object = watches_[static_cast<size_t>(steps_[i].layer)]->parameter(which);
       if (!is_fresh(state, object, input, fingerprint)) {
-        const ParameterState before = std::move(state);
+        ParameterState before = std::move(state);
         if (Reason reason = adopt(state, object, which == 0, input, fingerprint)) refused = reason;
         changes_[i] = std::max(changes_[i], has_same_layout(before, state) ? Change::kContents : Change::kLayout);
+        if (before.object) replaced.push_back(std::move(before.object));
       }
       if (!refused && records_grad && state.tensor && exact_tensor(object)->requires_grad())
         refused = "gradients are being recorded (a parameter requires grad); use torch.no_grad() or inference_mode()";

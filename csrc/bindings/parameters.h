@@ -35,8 +35,9 @@ class Parameters {
   Parameters(const std::vector<StepSource>& steps, const std::vector<std::shared_ptr<ModuleWatch>>& watches);
 
   // Compares with the last call and remembers. Null, or why the run cannot take these parameters. change(i): of step i.
-  // `fingerprint` may be empty: then contents are not looked at.
-  Reason check(const at::Tensor& input, bool records_grad, const Fingerprint& fingerprint);
+  // `fingerprint` may be empty: then contents are not looked at. `replaced` takes the objects that are not referred to any more:
+  // the end of one may let other threads run, which must not find the changes told of but not yet followed.
+  Reason check(const at::Tensor& input, bool records_grad, const Fingerprint& fingerprint, std::vector<py::object>& replaced);
   Change change(size_t step) const { return changes_[step]; }
   Change largest_change() const;
 
