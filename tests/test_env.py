@@ -22,6 +22,7 @@ from dropin import (
     first,
     fused,
     images,
+    mislead,
     one_thread,  # noqa: F401
     split_net,
 )
@@ -314,9 +315,9 @@ def test_check_finds_a_result_that_is_not_eagers(layer: str, clean: pytest.Monke
     clean.setenv("FASTSEQ_CHECK", "1")
     fast, x = fastseq.optimize(split_net()), images()
     assert_fused(fast, x, runs=2)
-    name = {"first": "relu", "last": "linear"}[layer]
+    kind, name = {"first": (torch.nn.ReLU, "relu"), "last": (torch.nn.Linear, "linear")}[layer]
     right = getattr(torch.nn.functional, name)
-    clean.setattr(torch.nn.functional, name, lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
+    mislead(clean, kind, name, lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
     layers = {"first": r"\[Conv2d, ReLU\]", "last": r"\[Flatten, Linear\]|\[Linear\]"}[layer]
     with torch.no_grad(), pytest.raises(AssertionError, match=f"FASTSEQ_CHECK: the fused result of ({layers}) differs"):
         fast(x)
@@ -332,7 +333,7 @@ def test_check_finds_other_differences(change: str, clean: pytest.MonkeyPatch) -
         "nan": lambda *args: right(*args).index_fill(3, torch.tensor([1]), float("nan")),
         "dtype": lambda *args: right(*args).double(),
     }
-    clean.setattr(torch.nn.functional, "linear", wrong[change])
+    mislead(clean, torch.nn.Linear, "linear", wrong[change])
     with torch.no_grad(), pytest.raises(AssertionError, match="FASTSEQ_CHECK"):
         fast(x)
 
