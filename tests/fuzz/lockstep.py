@@ -229,14 +229,17 @@ class Lockstep:
 
     def runs_in_one_piece(self) -> bool:
         """Whether no eager layer takes part, whose bits may depend on the batch size and the number of threads."""
-        layers = [part for part in walk(self.case.parts) if isinstance(part, Layer)]
-        runs_fused = all(
-            layer.kind in NATIVE
-            and not layer.kwargs.keys() & {"dilation", "groups", "padding_mode"}
-            and (layer.kind != "Flatten" or not layer.args)
-            for layer in layers
+        case = self.case
+        if self.was_changed or case.lines or case.hooks or case.training:
+            return False
+        return all(
+            part.kind == "Sequential"
+            if isinstance(part, Group)
+            else part.kind in NATIVE
+            and not part.kwargs.keys() & {"dilation", "groups", "padding_mode"}
+            and (part.kind != "Flatten" or not part.args)
+            for part in walk(case.parts)
         )
-        return runs_fused and not self.was_changed and not self.case.lines and not self.case.hooks
 
     def keep_promises(self, call: Call, value: Tensor) -> None:
         """A row of the result has the same bits in a batch of its own, in other memory formats and in any thread."""
