@@ -351,6 +351,8 @@ class Architect:
 
     def row_lazy(self) -> Layer:
         out = self.source.pick(FEATURES)
+        if any(isinstance(part, Layer) and part.args[1:] == (0,) for _, part, _ in self.made):
+            return self.row_linear()  # eager leaves the parameters of a lazy layer without features uninitialised
         return self.add("LazyLinear", out, to=(*self.shape[:-1], out))
 
     def row_illegal(self) -> Layer:
