@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import warnings
 from collections import Counter
@@ -484,7 +483,7 @@ class Lockstep:
     def overflows(self, call: Call, number: int) -> bool:
         """Whether finite terms add up to more than float32 holds: where, and with which sign first, is left open."""
         bound = Bound()
-        return self.exact(call, number, bound) is not None and torch.finfo(torch.float32).max < bound.largest < math.inf
+        return self.exact(call, number, bound) is not None and bound.largest > torch.finfo(torch.float32).max
 
     def sums_are_exact(self, call: Call, number: int) -> bool:
         """Whether all numbers are integers small enough that the order of summation does not matter."""
@@ -519,9 +518,9 @@ class Lockstep:
             lazy = isinstance(wanted, nn.parameter.UninitializedTensorMixin)
             if lazy or same_bits(found, wanted):
                 continue
-            difference = distance(found, wanted)
-            same_nan = torch.equal(found.isnan(), wanted.isnan())
-            self.check(same_nan and difference <= 1e-4, f"buffer {name} differs by {difference:.3g}")
+            # A mean of what another layer normalised is 0 but for rounding.
+            moved_alike = torch.allclose(found, wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
+            self.check(moved_alike or distance(found, wanted) <= 1e-4, f"buffer {name}: {found}; eager {wanted}")
             with torch.no_grad():
                 found.copy_(wanted)
 
@@ -603,7 +602,7 @@ class Noise(Observer):
 
 
 class Bound(Observer):
-    """The largest sum of absolute values anywhere."""
+    """The largest finite sum of absolute values anywhere."""
 
     largest = 0.0
 
@@ -615,5 +614,6 @@ class Bound(Observer):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         for tensor in tensors(output):
-            if tensor.numel():
-                self.largest = max(self.largest, tensor.abs().max().item())
+            finite = tensor[tensor.isfinite()]
+            if finite.numel():
+                self.largest = max(self.largest, finite.abs().max().item())
