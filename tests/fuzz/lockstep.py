@@ -538,7 +538,8 @@ class Lockstep:
             torch.default_generator.manual_seed(mutation.seed)
             error = ""
             try:
-                model = change(model, mutation) or model
+                changed = change(model, mutation)
+                model = model if changed is None else changed
             except Exception as raised:
                 error = error_text(raised)
             change = MUTATIONS[mutation.name]
