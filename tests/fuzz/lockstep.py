@@ -21,7 +21,7 @@ import fastseq
 from . import recording
 from .case import Call, Case, Group, Layer, Mutation
 from .layers import build_input, build_model, walk
-from .mutations import MUTATIONS
+from .mutations import MUTATIONS, PLAIN
 
 FACTOR = 4  # how much larger than eager's error ours may be
 FLOOR = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -35,7 +35,8 @@ KEEPS_INTEGERS = {
     *("load_state_dict", "load_state_dict_assign", "load_some_state", "write_data", "scale_data", "write_numpy"),
     *("write_no_grad", "write_one_element", "new_parameter", "replace_data", "share_parameter", "drop_bias"),
     *("swap_tensors", "set_requires_grad", "delete", "to_memory_format", "to_dtype_and_back", "deepcopy", "refresh"),
-    *("pickle_roundtrip", "optimize_again", "look", "set_attribute", "new_parameter_layout", "vector_roundtrip"),
+    *("pickle_roundtrip", "optimize_again", "optimize_in_place", "optimize_without", "restore", "look"),
+    *("set_attribute", "new_parameter_layout", "vector_roundtrip"),
 }
 
 
@@ -204,6 +205,7 @@ class Lockstep:
         fused = counters["fused_calls"] - counted["fused_calls"]
         eager = counters["eager_calls"] - counted["eager_calls"]
         self.count(call, expected, fused, eager)
+        self.check(not fused or call.style != "disabled", "ran fused inside fastseq.disabled()")
 
         self.check(actual.error == expected.error, f"raised {actual.error!r}; eager {expected.error!r}")
         self.check(actual.log == expected.log, f"hooks: {actual.log}; eager: {expected.log}")
@@ -315,6 +317,9 @@ class Lockstep:
             return torch.func.vmap(model)(x)
         if style == "jvp":
             return torch.func.jvp(model, (x,), (torch.ones_like(x),))
+        if style == "disabled":
+            with fastseq.disabled():
+                return model(x)
         if style == "subclass":
             return model(x.as_subclass(Subclass))
         return model(x)
@@ -530,11 +535,10 @@ class Lockstep:
         self.is_exact = False
         self.was_changed = True
         self.was_made_inexact |= mutation.name not in KEEPS_INTEGERS
-        change = MUTATIONS[mutation.name]
+        ours = MUTATIONS[mutation.name]
+        theirs = PLAIN.get(mutation.name, ours)
         models, errors, states = [], [], []
-        for model, is_fused in ((self.plain, False), (self.fused, True)):
-            if mutation.name == "optimize_again" and not is_fused:
-                change = MUTATIONS["deepcopy"]
+        for model, change in ((self.plain, theirs), (self.fused, ours)):
             torch.default_generator.manual_seed(mutation.seed)
             error = ""
             try:
@@ -542,7 +546,6 @@ class Lockstep:
                 model = model if changed is None else changed
             except Exception as raised:
                 error = error_text(raised)
-            change = MUTATIONS[mutation.name]
             models.append(model)
             errors.append(error)
             states.append(torch.get_rng_state())

@@ -497,8 +497,31 @@ def pickle_roundtrip(model: nn.Module, how: Mutation) -> nn.Module:
 
 @mutation
 def optimize_again(model: nn.Module, how: Mutation) -> nn.Module:
-    """Done to the optimised model only: see `Lockstep.mutate`."""
     return fastseq.optimize(model)
+
+
+@mutation
+def optimize_in_place(model: nn.Module, how: Mutation) -> nn.Module:
+    return fastseq.optimize(model, inplace=True)
+
+
+@mutation
+def optimize_without(model: nn.Module, how: Mutation) -> nn.Module:
+    path = at([path for path, _ in model.named_modules() if path], how.target)
+    return fastseq.optimize(model, exclude=[] if path is None else [path])
+
+
+@mutation
+def restore(model: nn.Module, how: Mutation) -> nn.Module:
+    return fastseq.restore(model)
+
+
+# What the plain model gets where the optimised one is optimised.
+PLAIN: dict[str, Change] = {
+    "optimize_again": deepcopy,
+    "optimize_in_place": lambda model, how: None,
+    "optimize_without": deepcopy,
+}
 
 
 @mutation

@@ -31,7 +31,7 @@ LAYOUTS = (
 VALUES = (*("normal",) * 10, "special", "special", "nan", "infinite", "zeros", "denormal", "huge")
 ISAS = ("", "", "portable", "avx2", "avx512", "emulated512")
 KERNELS = ("8x16", "12x16", "9x48", "7x64", "4x64", "8x32", "6x16", "4x24", "3x32", "8x4", "6x8", "3x16", "8x8", "1x")
-STYLES = ("keyword", "two", "none", "forward", "functional", "vmap", "jvp", "subclass")
+STYLES = ("keyword", "two", "none", "forward", "functional", "vmap", "jvp", "subclass", "disabled")
 HOOKS = ("forward", "forward_pre", "forward_kwargs", "always_call", "full_backward", "full_backward_pre")
 ACTIVATIONS = (
     *("LeakyReLU", "Sigmoid", "Tanh", "GELU", "SiLU", "ELU", "ReLU6", "Hardtanh", "Hardswish", "Softplus", "Mish"),
