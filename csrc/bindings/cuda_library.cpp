@@ -20,8 +20,10 @@
 
 #include <array>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <optional>
+#include <tuple>
 
 // In libtorch_cuda, of the stable C interface; weak, so that one binary loads beside a torch without CUDA.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -33,52 +35,51 @@ constexpr int kMostDevices = 64;
 
 using StreamGetter = int32_t (*)(int32_t device_index, void** stream);
 
-// One value a device, made once.
-template <typename T>
-class PerDevice {
- public:
-  // make() gives the value, or nothing if it cannot tell yet.
-  template <typename Make>
-  std::optional<T> get(c10::Device device, const Make& make) {
-    const size_t index = device.has_index() && device.index() < kMostDevices ? static_cast<size_t>(device.index()) : 0;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!values_[index]) values_[index] = make();
-    return values_[index];
-  }
-
- private:
-  std::mutex mutex_;
-  std::array<std::optional<T>, kMostDevices> values_;
-};
-
 std::optional<at::Tensor> optional_tensor(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
 bool has_nan(const at::Tensor& tensor) { return at::isnan(tensor).any().item<bool>(); }
+bool is_all_nan(const at::Tensor& tensor) { return at::isnan(tensor).all().item<bool>(); }
 
-LibraryTraits try_libraries(c10::Device device) {
+// On shapes of the kind that are handed over, for which the libraries choose their engines; small ones on the emulated grid.
+LibraryTraits try_libraries(c10::Device device, at::ScalarType dtype) {
   const at::NoGradGuard no_grad;
   LibraryTraits traits;
-  const auto options = at::TensorOptions().device(device).dtype(at::kFloat);
+  const auto options = at::TensorOptions().device(device).dtype(dtype);
   const double nan = std::numeric_limits<double>::quiet_NaN();
+  const auto filled = [&](at::IntArrayRef sizes, double value) { return at::full(sizes, value, options); };
+  const bool is_real = device.is_cuda();
   try {
-    const at::Tensor ones = at::full({8, 8}, 1.0, options), bias = at::full({8}, 0.0, options);
-    at::Tensor product = at::full({8, 8}, 1.0, options);
-    library_linear(product, at::full({8, 8}, nan, options), ones, bias, /*has_relu=*/true, /*relu_keeps_nan=*/true);
-    traits.cublas_relu_keeps_nan = has_nan(product);
+    const int64_t rows = is_real ? 128 : 8, n = is_real ? 512 : 8, k = is_real ? 1024 : 8;
+    const at::Tensor weight = filled({n, k}, 1.0), bias = filled({n}, 0.0);
+    at::Tensor product = filled({rows, n}, nan);
+    library_linear(product, filled({rows, k}, 1.0), weight, bias, /*has_relu=*/true, /*trusts_relu=*/true);
+    const bool makes_nan = has_nan(product);
+    library_linear(product, filled({rows, k}, nan), weight, bias, /*has_relu=*/true, /*trusts_relu=*/true);
+    traits.trusts_cublas_relu = !makes_nan && is_all_nan(product);
   } catch (const c10::Error&) {
-    traits.cublas_relu_keeps_nan = false;
+    traits.trusts_cublas_relu = false;
+  }
+  const auto format = at::MemoryFormat::ChannelsLast;
+  const int64_t c_in = is_real ? 128 : 8, c_out = is_real ? 64 : 8, size = is_real ? 64 : 8;
+  cuda::ConvPoolArgs args;
+  args.pad_top = args.pad_left = 1;
+  const auto convolve = [&](double value, bool applies_epilogue) {
+    const at::Tensor src = filled({1, c_in, size, size}, value).contiguous(format);
+    const at::Tensor weight = filled({c_out, c_in, 3, 3}, 1.0).contiguous(format), bias = filled({c_out}, 0.0);
+    filled({1, c_out, size, size}, nan);  // freed at once: what the allocator then gives out for the result is full of NaN
+    return library_conv(src, weight, bias, args, applies_epilogue);
+  };
+  try {
+    traits.has_cudnn = !has_nan(convolve(1.0, false));
+  } catch (const c10::Error&) {
+    return traits;
   }
   try {
-    const auto format = at::MemoryFormat::ChannelsLast;
-    const at::Tensor bias = at::full({8}, 0.0, options), weight = at::full({8, 8, 3, 3}, 1.0, options).contiguous(format);
-    cuda::ConvPoolArgs args;
-    traits.has_cudnn = !has_nan(library_conv(at::full({1, 8, 8, 8}, 1.0, options).contiguous(format), weight, bias, args, true));
-    traits.cudnn_relu_keeps_nan =
-        has_nan(library_conv(at::full({1, 8, 8, 8}, nan, options).contiguous(format), weight, bias, args, true));
+    traits.trusts_cudnn_relu = !has_nan(convolve(1.0, true)) && is_all_nan(convolve(nan, true));
   } catch (const c10::Error&) {
-    traits.has_cudnn = false;
+    traits.trusts_cudnn_relu = false;
   }
   return traits;
 }
@@ -122,12 +123,14 @@ const cuda::DeviceProperties& device_properties(c10::Device device) {
   return all[index];
 }
 
-std::optional<LibraryTraits> library_traits(c10::Device device, void* stream) {
-  static PerDevice<LibraryTraits> traits;
-  return traits.get(device, [&]() -> std::optional<LibraryTraits> {
-    if (cuda::engine()->is_capturing(stream)) return std::nullopt;
-    return try_libraries(device);
-  });
+std::optional<LibraryTraits> library_traits(c10::Device device, const Arithmetic& arithmetic, void* stream) {
+  static std::mutex mutex;
+  static std::map<std::tuple<c10::DeviceIndex, at::ScalarType, bool, bool>, LibraryTraits> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(device.index(), arithmetic.dtype, arithmetic.allows_tf32_conv, arithmetic.allows_tf32_linear);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  if (cuda::engine()->is_capturing(stream)) return std::nullopt;
+  return known[key] = try_libraries(device, arithmetic.dtype);
 }
 
 at::Tensor library_conv(const at::Tensor& src, const at::Tensor& weight, const at::Tensor& bias, const cuda::ConvPoolArgs& args,
@@ -146,11 +149,11 @@ at::Tensor library_conv(const at::Tensor& src, const at::Tensor& weight, const a
 }
 
 void library_linear(at::Tensor& dst, const at::Tensor& src, const at::Tensor& weight, const at::Tensor& bias, bool has_relu,
-                    bool relu_keeps_nan) {
+                    bool trusts_relu) {
   const at::Tensor columns = weight.t();
   if (!bias.defined()) {
     at::mm_out(dst, src, columns);
-  } else if (has_relu && relu_keeps_nan) {
+  } else if (has_relu && trusts_relu) {
     at::_addmm_activation_out(dst, bias, src, columns, /*beta=*/1, /*alpha=*/1, /*use_gelu=*/false);
     return;
   } else {

@@ -22,13 +22,18 @@ at::Tensor view_of(void* data, at::IntArrayRef sizes, at::IntArrayRef strides, c
 
 const cuda::DeviceProperties& device_properties(c10::Device device);
 
-// Whether cuDNN's and cuBLAS's ReLU epilogues keep NaN here, found out once per device by trying; unknown while the first call that
-// wants to know is captured into a graph.
+// Whether cuDNN's and cuBLAS's ReLU epilogues do what torch.relu does: keep NaN, and make none of what lay in their output before.
+// Found out by trying, once per device and arithmetic, because each has engines of its own; unknown while the first call that wants
+// to know is captured into a graph.
 struct LibraryTraits {
   bool has_cudnn = false;
-  bool cudnn_relu_keeps_nan = false, cublas_relu_keeps_nan = false;
+  bool trusts_cudnn_relu = false, trusts_cublas_relu = false;
 };
-std::optional<LibraryTraits> library_traits(c10::Device device, void* stream);
+struct Arithmetic {
+  at::ScalarType dtype = at::kFloat;
+  bool allows_tf32_conv = false, allows_tf32_linear = false;  // as torch's flags are now
+};
+std::optional<LibraryTraits> library_traits(c10::Device device, const Arithmetic& arithmetic, void* stream);
 
 // convolution(src, weight) with bias and ReLU where `applies_epilogue`, and bare otherwise. On the CPU: the same by torch's own.
 at::Tensor library_conv(const at::Tensor& src, const at::Tensor& weight, const at::Tensor& bias, const cuda::ConvPoolArgs& args,
@@ -36,6 +41,6 @@ at::Tensor library_conv(const at::Tensor& src, const at::Tensor& weight, const a
 
 // dst = src * weight^T + bias, ReLU included. src (rows, k), weight (n, k), dst (rows, n).
 void library_linear(at::Tensor& dst, const at::Tensor& src, const at::Tensor& weight, const at::Tensor& bias, bool has_relu,
-                    bool relu_keeps_nan);
+                    bool trusts_relu);
 
 }  // namespace fastseq

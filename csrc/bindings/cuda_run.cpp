@@ -172,10 +172,11 @@ std::shared_ptr<const CudaRun::Entry> CudaRun::plan_for(const Key& key, const Pa
   bool is_final = true;
   if (uses_libraries(*entry->plan)) {
     // Loading them takes longer than all else here, so they are tried only for plans that want them.
-    const std::optional<LibraryTraits> traits = library_traits(key.device, stream);
+    const Arithmetic arithmetic{key.dtype, key.allows_tf32_conv, key.allows_tf32_linear};
+    const std::optional<LibraryTraits> traits = library_traits(key.device, arithmetic, stream);
     is_final = traits.has_value();
-    entry->cublas_relu_keeps_nan = traits && traits->cublas_relu_keeps_nan;
-    if (!traits || !traits->has_cudnn || !traits->cudnn_relu_keeps_nan) {
+    entry->trusts_cublas_relu = traits && traits->trusts_cublas_relu;
+    if (!traits || !traits->has_cudnn || !traits->trusts_cudnn_relu) {
       options.allows_cudnn = key.allows_cudnn && traits && traits->has_cudnn;
       options.allows_cublas = traits.has_value();  // their handles cannot be made while a call is captured
       options.trusts_cudnn_relu = false;
@@ -247,11 +248,8 @@ class CudaRun::Call {
           launch_pool(launch, operands_[i]);
           break;
         case CudaLaunch::Kind::kCudnnConv:
-          held_ = library_conv(source_images(launch), weight_images(launch, operands_[i]), operands_[i].bias, launch.conv,
-                               launch.has_relu);
-          break;
         case CudaLaunch::Kind::kCublasLinear:
-          launch_cublas(launch, operands_[i]);
+          call_library(launch, operands_[i]);
           break;
       }
       if (is_library_call(launch)) check(nullptr, launch.kernel);
@@ -346,6 +344,16 @@ class CudaRun::Call {
     check(launch.pool_kernel->launch(args, stream_), launch.kernel);
   }
 
+  // Where the library declines, a shape it has no engine for or memory it does not get, eager takes over and has the last word.
+  void call_library(const CudaLaunch& launch, const Operands& operands) {
+    try {
+      if (launch.kind == CudaLaunch::Kind::kCublasLinear) return launch_cublas(launch, operands);
+      held_ = library_conv(source_images(launch), weight_images(launch, operands), operands.bias, launch.conv, launch.has_relu);
+    } catch (const c10::Error&) {
+      throw Refusal("torch's " + launch.kernel + " raised an error for these shapes");
+    }
+  }
+
   at::Tensor source_images(const CudaLaunch& launch) const {
     const cuda::ConvPoolArgs& a = launch.conv;
     if (launch.src.place == Operand::Place::kHeld) return held_;
@@ -368,7 +376,7 @@ class CudaRun::Call {
     at::Tensor dst = view_of(address(launch.dst), {rows, n}, {n, 1}, src_);
     const at::Tensor weight =
         launch.packed < 0 ? operands.weight : view_of(const_cast<void*>(operands.weights[0]), {n, k}, {k, 1}, src_);
-    library_linear(dst, src, weight, operands.bias, launch.has_relu, entry_.cublas_relu_keeps_nan);
+    library_linear(dst, src, weight, operands.bias, launch.has_relu, entry_.trusts_cublas_relu);
   }
 
   const Entry& entry_;

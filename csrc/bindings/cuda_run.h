@@ -63,7 +63,7 @@ class CudaRun {
     Key key;
     CudaPlanPtr plan;
     bool output_is_nhwc = false;
-    bool cublas_relu_keeps_nan = false;
+    bool trusts_cublas_relu = false;
     std::vector<CopyPtr> copies;  // one for each of the plan's packs
   };
   class Call;

@@ -26,7 +26,7 @@ struct CudaOptions {
   bool input_is_aligned = true;  // to 16 bytes
   bool output_is_nhwc = false;   // a spatial result in channels_last order
   bool allows_cudnn = true, allows_cublas = true;
-  bool trusts_cudnn_relu = false;  // it keeps NaN
+  bool trusts_cudnn_relu = false;  // it does what torch.relu does
   std::string forced_kernel;       // part of a kernel's name, "" for none
 };
 
