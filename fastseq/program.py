@@ -87,7 +87,9 @@ TF32_TOLERANCE = 5e-3
 
 
 def tolerance(result: torch.Tensor) -> float:
-    uses_tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    # By their newer names: the older ones raise where the newer were set.
+    flags = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    uses_tf32 = "tf32" in flags
     if result.dtype is torch.float32 and result.is_cuda and uses_tf32:
         return TF32_TOLERANCE
     return TOLERANCES.get(result.dtype, TOLERANCES[torch.float32])

@@ -396,8 +396,13 @@ def test_log_of_launches(grid: Grid) -> None:
     grid.error("reverse", a, c, threads=0)
     (launch,) = grid.launches()
     assert launch.pop("switches") >= 2 * 3 * 64
+    launch.pop("prepared")
     kernel = "fastseq::cuda::reverse(fastseq::cuda::TestArgs)"
     assert launch == {"kernel": kernel, "grid": [3, 1, 1], "threads": 64, "shared_bytes": 256}
+    grid.run("increment", a, c, threads=64, n=1)  # no other test prepares this one
+    assert grid.prepare("increment", 0) is None
+    grid.run("increment", a, c, threads=64, n=1)
+    assert [launch["prepared"] for launch in grid.launches()[1:]] == [False, True]
 
 
 # Elements ------------------------------------------------------------------------------------------------------------

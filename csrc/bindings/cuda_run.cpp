@@ -6,6 +6,8 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <random>
 #include <set>
@@ -35,18 +37,42 @@ bool is_library_call(const CudaLaunch& launch) {
 bool uses_libraries(const CudaPlan& plan) { return std::any_of(plan.launches().begin(), plan.launches().end(), is_library_call); }
 
 // Loads a plan's kernels and lets them have the device's shared memory, each once per device: no launch has to, which a captured
-// call could not.
+// call could not. device_properties() has loaded the one that packs weights. Throws Refusal for one that cannot be loaded.
 void prepare_kernels(const CudaPlan& plan, c10::Device device) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> prepared;
   const std::lock_guard<std::mutex> lock(mutex);
+  const auto prepare_once = [&](const char* name, const void* kernel, const auto& prepare) {
+    if (prepared.count({device.index(), kernel})) return;
+    if (const cuda::Error error = prepare())
+      throw Refusal("CUDA kernel " + std::string(name) + " cannot be loaded on " + device.str() + ": " + error);
+    prepared.insert({device.index(), kernel});
+  };
+  const int shared_bytes = static_cast<int>(device_properties(device).shared_bytes_per_block);
   for (const CudaLaunch& launch : plan.launches()) {
-    const void* const kernel = launch.conv_kernel ? static_cast<const void*>(launch.conv_kernel) : launch.chain_kernel;
-    if (!kernel || !prepared.insert({device.index(), kernel}).second) continue;
-    const int shared_bytes = static_cast<int>(device_properties(device).shared_bytes_per_block);
-    const cuda::Error error = launch.conv_kernel ? launch.conv_kernel->prepare() : launch.chain_kernel->prepare(shared_bytes);
-    TORCH_CHECK(!error, "fastseq: ", launch.kernel, " cannot be loaded on ", device, ": ", error);
+    if (const auto* conv = launch.conv_kernel) prepare_once(conv->name, conv, [&] { return conv->prepare(); });
+    if (const auto* chain = launch.chain_kernel) prepare_once(chain->name, chain, [&] { return chain->prepare(shared_bytes); });
+    if (const auto* pool = launch.pool_kernel) prepare_once(pool->name, pool, [&] { return pool->prepare(); });
   }
+}
+
+// TF32 as eager would use it at this moment. torch's older getter for matrix products raises where the flag was set by its newer
+// name, so it is not asked.
+bool allows_tf32_linear() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+}
+bool allows_tf32_conv() {
+  const auto& context = at::globalContext();
+  return context.userEnabledCuDNN() ? context.allowTF32CuDNN(at::Float32Op::CONV)
+                                    : allows_tf32_linear();  // a product without cuDNN
+}
+// NVIDIA's libraries never use TF32 in a process that starts with this.
+bool is_tf32_overridden() {
+  static const bool is_overridden = [] {
+    const char* const value = std::getenv("NVIDIA_TF32_OVERRIDE");
+    return value && std::strcmp(value, "0") == 0;
+  }();
+  return is_overridden;
 }
 
 }  // namespace
@@ -306,7 +332,9 @@ class CudaRun::Call {
 
   void check(cuda::Error error, const std::string& kernel) const {
     if (!error && checks_ && !is_capturing_) error = engine_.last_error(stream_);
-    TORCH_CHECK(!error, "fastseq: CUDA kernel ", kernel, " failed on ", src_.device(), ", input ", src_.sizes(), ": ", error);
+    TORCH_CHECK(
+        !error, "fastseq: CUDA kernel ", kernel, " failed on ", src_.device(), ", input ", src_.sizes(), ": ", error,
+        checks_ ? "" : ". Errors of kernels that ran before are told here too; FASTSEQ_CHECK=1 waits for each and names it");
   }
 
   cuda::PackArgs pack_args(size_t first, size_t last) const {
@@ -396,19 +424,22 @@ at::Tensor CudaRun::call(const at::Tensor& input, const InputView& view, const P
   const c10::Device device = input.device();
   const c10::DeviceGuard guard(device);
 
+  const cuda::DeviceProperties& properties = device_properties(device);
+  if (properties.unusable)
+    throw Refusal("the CUDA kernels of this build, for " + std::string(cuda::engine()->architectures) + ", do not run on sm_" +
+                  std::to_string(properties.arch()) + ": " + properties.unusable);
   const at::MemoryFormat format = view.signature.format();
   at::Tensor src = input.is_contiguous(format) ? input : input.contiguous(format);
-  auto& context = at::globalContext();
   Key key;
   key.signature = view.signature;
   key.batch = view.batch;
   key.device = device;
   key.dtype = input.scalar_type();
-  if (key.dtype == at::kFloat) {
-    key.allows_tf32_conv = view.signature.is_spatial && context.allowTF32CuDNN(at::Float32Op::CONV);
-    key.allows_tf32_linear = context.allowTF32CuBLAS();
+  if (key.dtype == at::kFloat && !is_tf32_overridden()) {
+    key.allows_tf32_conv = view.signature.is_spatial && allows_tf32_conv();
+    key.allows_tf32_linear = allows_tf32_linear();
   }
-  key.allows_cudnn = view.signature.is_spatial && context.userEnabledCuDNN();
+  key.allows_cudnn = view.signature.is_spatial && at::globalContext().userEnabledCuDNN();
   key.is_aligned = is_aligned(src.const_data_ptr());
 
   void* const stream = current_stream(device);

@@ -130,6 +130,7 @@ struct Launch {
   uint3 grid;
   int threads, shared_bytes;
   int64_t switches = 0;
+  bool is_prepared = false;  // prepare() came before
 };
 
 [[noreturn]] void run_thread();
@@ -171,6 +172,7 @@ class Machine {
       run_block();
     }
     check_stacks();
+    launch_.is_prepared = prepared_.count(what.kernel) > 0;
     if (log.size() < kMostLogged) log.push_back(launch_);
     return error_.empty() ? nullptr : error(error_);
   }

@@ -18,15 +18,19 @@ __attribute__((weak)) Table<ChainKernel> tiny_mlp_kernels();
 __attribute__((weak)) Table<ChainKernel> fused_mlp_kernels();
 __attribute__((weak)) Table<ChainKernel> skinny_linear_kernels();
 __attribute__((weak)) Table<PoolKernel> max_pool_kernels();
+__attribute__((weak)) Error prepare_pack_weights();
 __attribute__((weak)) Error pack_weights(const PackArgs& args, void* stream);
 
 namespace {
 
 DeviceProperties device{9, 0, 132, emulation::kMostSharedBytes, int64_t{60} << 20};  // an H200
 
+bool has_code = true;
+
 Error properties(int index, DeviceProperties* result) {
   if (index != 0) return "the emulated grid is device 0";
   *result = device;
+  result->unusable = has_code ? prepare_pack_weights() : "no kernel image is available for execution on the device";
   return nullptr;
 }
 
@@ -58,6 +62,7 @@ const Engine* engine() {
       {table(conv_kernels_f32), table(conv_kernels_tf32), table(conv_kernels_f16), table(conv_kernels_bf16)},
       {chain.data(), static_cast<int>(chain.size())},
       table(max_pool_kernels),
+      prepare_pack_weights,
       pack_weights,
       properties,
       last_error,
@@ -98,6 +103,9 @@ void fastseq_emulation_device(int major, int minor, int multiprocessors, int sha
 // Whether calls from now on are captured into a graph, as far as the engine can tell.
 void fastseq_emulation_capture(int is_captured) { fastseq::cuda::is_captured = is_captured != 0; }
 
+// Whether the build has machine code for the device. Asked once, when the first call comes.
+void fastseq_emulation_code(int has_code) { fastseq::cuda::has_code = has_code != 0; }
+
 // Forgets the launches so far.
 void fastseq_emulation_reset() { machine.log.clear(); }
 
@@ -108,9 +116,10 @@ const char* fastseq_emulation_launches() {
   for (const Launch& launch : machine.log) {
     json += json.size() > 1 ? ", " : "";
     json += "{\"kernel\": \"" + name_of(launch.kernel) + "\", ";
-    json += fastseq::emulation::text("\"grid\": [%u, %u, %u], \"threads\": %d, \"shared_bytes\": %d, \"switches\": %lld}",
-                                     launch.grid.x, launch.grid.y, launch.grid.z, launch.threads, launch.shared_bytes,
-                                     static_cast<long long>(launch.switches));
+    json += fastseq::emulation::text(
+        "\"grid\": [%u, %u, %u], \"threads\": %d, \"shared_bytes\": %d, \"switches\": %lld, \"prepared\": %s}", launch.grid.x,
+        launch.grid.y, launch.grid.z, launch.threads, launch.shared_bytes, static_cast<long long>(launch.switches),
+        launch.is_prepared ? "true" : "false");
   }
   json += "]";
   return json.c_str();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -280,6 +281,60 @@ def test_large_linears_go_to_the_library(bias: bool, relu: bool) -> None:
     assert kernels_used(fused)[0] == "_addmm_activation"
 
 
+def test_every_kernel_is_prepared_before_its_first_launch(grid: Grid) -> None:
+    """A launch into a graph that is being captured cannot load a kernel. Pools and packed weights count, too."""
+    code = """if True:
+        import ctypes, json, torch, fastseq
+        from torch import nn
+        from fastseq import _native
+        library = ctypes.CDLL(_native.module().__file__)
+        library.fastseq_emulation_launches.restype = ctypes.c_char_p
+        layers = [nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 32, 3), nn.ReLU(), nn.MaxPool2d(15, 4), nn.Flatten()]
+        model = nn.Sequential(*layers, nn.Linear(32 * 9, 40), nn.ReLU(), nn.Linear(40, 5)).eval()
+        with torch.no_grad():
+            fastseq.optimize(model)(torch.randn(2, 3, 27, 27))
+            x = torch.randn(1, 8, 9, 9).to(memory_format=torch.channels_last)
+            fastseq.optimize(nn.Sequential(nn.Conv2d(8, 8, 3)))(x)
+        print(library.fastseq_emulation_launches().decode())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    launches = json.loads(done.stdout)
+    names = " ".join(launch["kernel"] for launch in launches)
+    assert all(name in names for name in ("conv_pool<", "max_pool<", "tiny_mlp<")), names
+    assert "kernel" in [launch["kernel"] for launch in launches], (
+        "the one that packs weights, which has no name outside"
+    )
+    assert [launch["kernel"] for launch in launches if not launch["prepared"]] == []
+
+
+def test_what_a_library_declines_is_left_to_eager() -> None:
+    """Here for want of memory: the error that is raised is eager's, and the reason is counted."""
+    code = """if True:
+        import resource, torch, fastseq
+        from torch import nn
+        torch.set_num_threads(1)
+        model = nn.Sequential(nn.Conv2d(128, 2048, 3, padding=1), nn.ReLU(), nn.MaxPool2d(8)).eval()
+        fused, x, small = fastseq.optimize(model), torch.randn(1, 128, 64, 64), torch.randn(1, 128, 9, 9)
+        with torch.no_grad():
+            fused(small)
+            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), -1))  # the convolution's result is 32 MiB
+            for call in (model, fused):
+                try:
+                    call(x)
+                    print("no error")
+                except RuntimeError as error:
+                    print(str(error)[-70:].replace(chr(10), " "))
+            print(fastseq.stats(fused)["fallbacks"])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    eager, ours, fallbacks = done.stdout.splitlines()
+    assert "memory" in eager and ours == eager, done.stdout
+    assert "torch's cudnn_convolution_relu raised an error" in fallbacks
+
+
 # What is left to eager, and errors -----------------------------------------------------------------------------------
 
 
@@ -299,6 +354,73 @@ def test_left_to_eager() -> None:
             with pytest.raises(RuntimeError), torch.no_grad():
                 fused(y)  # ReLU has no complex numbers
         assert "take those" in str(fastseq.stats(fused)["fallbacks"])
+
+
+def test_a_device_that_the_build_has_no_code_for_runs_eager() -> None:
+    code = """if True:
+        import ctypes, torch, fastseq
+        from fastseq import _native
+        from fastseq.testing import MODELS
+        ctypes.CDLL(_native.module().__file__).fastseq_emulation_code(0)
+        model, x = MODELS["lenet5"].build(), MODELS["lenet5"].example(2)
+        fused = fastseq.optimize(model)
+        with torch.no_grad():
+            assert torch.equal(fused(x), model(x))
+        print(fastseq.stats(fused)["fallbacks"])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert "the CUDA kernels of this build, for emulated, do not run on sm_90: no kernel image" in done.stdout
+
+
+def test_precision_flags_by_their_newer_names() -> None:
+    """torch's older getters raise after such a setting; eager runs, and so must a fused call."""
+    code = """if True:
+        import torch, fastseq
+        from fastseq.testing import MODELS
+        def kernels(name, *shape):
+            fused, x = fastseq.optimize(MODELS[name].build()), torch.randn(*shape)
+            with torch.no_grad():
+                fused(x)
+            steps = [s for q in fastseq.explain(fused).to_dict()["sequentials"] for s in q["segments"][0]["steps"]]
+            assert not fastseq.stats(fused)["fallbacks"]
+            return " ".join(step["kernel"] for step in steps)
+        wide = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+        def chain():
+            fused = fastseq.optimize(wide)
+            with torch.no_grad():
+                fused(torch.randn(2500, 64))
+            (sequential,) = fastseq.explain(fused).to_dict()["sequentials"]
+            return sequential["segments"][0]["steps"][0]["kernel"]
+        assert "conv2d_tf32" in kernels("seed1", 1, 1, 28, 28) and chain().startswith("fused_mlp_f32")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        assert "conv2d_f32" in kernels("seed1", 1, 1, 28, 28) and chain().startswith("fused_mlp_tf32")
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        assert "conv2d_tf32" in kernels("seed1", 1, 1, 28, 28) and chain().startswith("fused_mlp_f32")
+        # Without cuDNN eager's convolution is a matrix product, and follows that flag.
+        torch.backends.cudnn.enabled = False
+        assert "conv2d_f32" in kernels("seed1", 1, 1, 28, 28)
+        assert fastseq.program.tolerance(torch.zeros(1)) == 1e-4  # of FASTSEQ_CHECK
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_override_of_nvidia_libraries_holds_here_too() -> None:
+    code = """if True:
+        import torch, fastseq
+        from fastseq.testing import MODELS
+        fused = fastseq.optimize(MODELS["seed1"].build())
+        with torch.no_grad():
+            fused(torch.randn(1, 1, 28, 28))
+        print(fastseq.explain(fused))
+    """
+    for value, kernel in (("0", "conv2d_f32__ffma"), ("1", "conv2d_tf32__mma")):
+        environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": value}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert kernel in done.stdout, done.stdout + done.stderr
 
 
 def test_mixed_dtypes_raise_what_eager_raises() -> None:

@@ -19,7 +19,13 @@ Error properties(int device, DeviceProperties* properties) {
   properties->multiprocessors = get(cudaDevAttrMultiProcessorCount);
   properties->shared_bytes_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   properties->l2_bytes = get(cudaDevAttrL2CacheSize);
-  return text_of(error);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return text_of(error);
+  }
+  // Every file is compiled for the same architectures, so one kernel tells for all; those for newer ones only say so themselves.
+  properties->unusable = prepare_pack_weights();
+  return nullptr;
 }
 
 Error last_error(void* stream) {
@@ -46,6 +52,7 @@ const Engine* engine() {
       {conv_kernels_f32(), conv_kernels_tf32(), conv_kernels_f16(), conv_kernels_bf16()},
       table_of(chain),
       max_pool_kernels(),
+      prepare_pack_weights,
       pack_weights,
       properties,
       last_error,

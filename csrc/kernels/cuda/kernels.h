@@ -1,6 +1,7 @@
 // The CUDA kernels as the planner and the executor see them: plain structs and tables of launchers, no CUDA header.
 // Pointers are device pointers. Strides are in elements. Every launcher is asynchronous on `stream`, a cudaStream_t of the current
-// device, allocates nothing, and returns null or the text of an error.
+// device, allocates nothing, and returns null or the text of an error. prepare() comes first, once per device: it loads the kernel,
+// which a launch into a graph that is being captured could not.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,7 @@ struct DeviceProperties {
   int multiprocessors = 0;
   int64_t shared_bytes_per_block = 0;  // the opt-in limit
   int64_t l2_bytes = 0;
+  Error unusable = nullptr;  // why this build's kernels do not run there, such as no machine code for it
   int arch() const { return 10 * major + minor; }
 };
 
@@ -163,6 +165,7 @@ struct MaxPoolArgs {
 struct PoolKernel {
   const char* name;
   Math math;  // of the elements
+  Error (*prepare)();
   Error (*launch)(const MaxPoolArgs& args, void* stream);
 };
 
@@ -183,8 +186,9 @@ struct Engine {
   Table<ConvKernel> conv[4];  // by Math, best first
   Table<ChainKernel> chain;
   Table<PoolKernel> pool;
+  Error (*prepare_pack)();
   Error (*pack)(const PackArgs& args, void* stream);
-  Error (*properties)(int device, DeviceProperties* properties);
+  Error (*properties)(int device, DeviceProperties* properties);  // of the current device, whose number is `device`
   Error (*last_error)(void* stream);   // waits for the stream: the error of what ran on it, for FASTSEQ_CHECK
   bool (*is_capturing)(void* stream);  // into a graph
 };
@@ -201,6 +205,7 @@ Table<ChainKernel> tiny_mlp_kernels();
 Table<ChainKernel> fused_mlp_kernels();
 Table<ChainKernel> skinny_linear_kernels();
 Table<PoolKernel> max_pool_kernels();
+Error prepare_pack_weights();
 Error pack_weights(const PackArgs& args, void* stream);
 
 }  // namespace fastseq::cuda

@@ -25,7 +25,11 @@ Error prepare(void (*kernel)(Args), int shared_bytes) {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
   if (error != cudaSuccess) return text_of(error);
-  error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaFuncAttributes attributes;  // asked for because the answer makes a lazy loader load the kernel
+  error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) cudaGetLastError();  // said here, and not again by a launch
   const cudaError_t restored = cudaThreadExchangeStreamCaptureMode(&mode);
   return text_of(error != cudaSuccess ? error : restored);
 }

@@ -18,6 +18,12 @@ bool can_use_vectors(const MaxPoolArgs& args) {
 }
 
 template <typename Element>
+Error prepare_max_pool() {
+  const Error error = prepare(max_pool<Element, true>, 0);
+  return error ? error : prepare(max_pool<Element, false>, 0);
+}
+
+template <typename Element>
 Error launch_max_pool(const MaxPoolArgs& args, void* stream) {
   const bool is_vector = can_use_vectors<Element>(args);
   const int64_t threads =
@@ -29,9 +35,9 @@ Error launch_max_pool(const MaxPoolArgs& args, void* stream) {
 }
 
 const PoolKernel kRows[] = {
-    {"maxpool2d_f32__cuda", Math::kIeee, launch_max_pool<float>},
-    {"maxpool2d_f16__cuda", Math::kF16, launch_max_pool<Half>},
-    {"maxpool2d_bf16__cuda", Math::kBF16, launch_max_pool<BFloat16>},
+    {"maxpool2d_f32__cuda", Math::kIeee, prepare_max_pool<float>, launch_max_pool<float>},
+    {"maxpool2d_f16__cuda", Math::kF16, prepare_max_pool<Half>, launch_max_pool<Half>},
+    {"maxpool2d_bf16__cuda", Math::kBF16, prepare_max_pool<BFloat16>, launch_max_pool<BFloat16>},
 };
 
 }  // namespace
