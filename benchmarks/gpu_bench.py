@@ -48,6 +48,7 @@ def mlp(width: int, layers: int) -> Callable[[], nn.Module]:
 NETWORKS: dict[str, ModelCase] = {
     **{name: MODELS[name] for name in ("seed1", "seed2", "seed3", "lenet5", "alexnet", "vgg16")},
     **{f"mlp{w}": ModelCase(f"mlp{w}", mlp(w, 5), (w,), (4096, 65536)) for w in (64, 128, 256, 512)},
+    "mlp1024": ModelCase("mlp1024", mlp(1024, 4), (1024,), (1, 256, 4096)),
     "mlp4096": ModelCase("mlp4096", mlp(4096, 3), (4096,), (1, 16, 1024)),
 }
 
@@ -76,7 +77,8 @@ def cases(is_quick: bool = False) -> list[Case]:
     second = [(name, 256) for name in seeds] + [(f"mlp{width}", 65536) for width in (64, 128, 256)]
     second += [("mlp4096", 1024), ("alexnet", 1), ("vgg16", 1), ("mlp512", 4096), ("mlp512", 65536)]
     rest = [(name, batch) for batch in (8, 128) for name in seeds]
-    rest += [(f"mlp{width}", batch) for batch in (1, 256) for width in (64, 256)] + [("mlp4096", 16)]
+    rest += [(f"mlp{width}", batch) for batch in (1, 256) for width in (64, 256, 1024)]
+    rest += [("mlp4096", 16), ("mlp1024", 4096)]
     if is_quick:
         return [Case(name, batch, "float32") for name, batch in [("seed2", 1), ("lenet5", 1), ("mlp64", 4096)]]
     table = [(first, "float32"), (second, "float32"), (first, "bfloat16"), (second, "bfloat16")]

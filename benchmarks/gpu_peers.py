@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from gpu_device import Captured, Device
-from gpu_jobs import text_of
 from torch import Tensor, nn
 
 import fastseq
@@ -234,52 +233,3 @@ CONTENDERS: dict[str, Prepare] = {
 }
 OURS = ("fastseq", "fastseq_graph")
 PEERS = tuple(name for name in CONTENDERS if name not in OURS)
-
-
-# cuDNN and pooling ---------------------------------------------------------------------------------------------------
-
-
-def probe_pool_fusion() -> dict[str, Any]:
-    """Whether cuDNN takes a graph of convolution, ReLU and max-pool, for fp16 in NHWC; asked once, never timed."""
-    try:
-        import cudnn
-    except Exception as error:
-        answer = {"answer": "cudnn frontend not installed", "detail": text_of(error)}
-        return {**answer, "cudnn": torch.backends.cudnn.version()}
-    found: dict[str, Any] = {"frontend": getattr(cudnn, "__version__", "?"), "cudnn": torch.backends.cudnn.version()}
-    for name, pools in (("convolution, ReLU", False), ("convolution, ReLU, max-pool", True)):
-        try:
-            found[name] = _check_support(cudnn, pools)
-        except Exception as error:  # a refusal is an exception, too
-            found[name] = f"no: {text_of(error)}"
-    answer = found["convolution, ReLU, max-pool"]
-    found["answer"] = "cuDNN fuses them" if answer == "yes" else f"not fused: {answer}"
-    return found
-
-
-def _check_support(cudnn: Any, pools: bool) -> str:
-    half, single = cudnn.data_type.HALF, cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(
-        handle=cudnn.create_handle(), io_data_type=half, intermediate_data_type=single, compute_data_type=single
-    )
-
-    def tensor(name: str, n: int, c: int, h: int, w: int) -> Any:
-        return graph.tensor(name=name, dim=[n, c, h, w], stride=[h * w * c, 1, w * c, c], data_type=half)
-
-    x, weight = tensor("x", 8, 64, 32, 32), tensor("w", 64, 64, 3, 3)
-    y = graph.conv_fprop(image=x, weight=weight, padding=[1, 1], stride=[1, 1], dilation=[1, 1])
-    y = graph.relu(input=y)
-    if pools:
-        resample = getattr(graph, "resample", None) or getattr(graph, "resample_fwd", None)
-        if resample is None:
-            return "this frontend has no resample operation in Python"
-        mode = getattr(cudnn, "resample_mode", None)
-        options: dict[str, Any] = {} if mode is None else {"resample_mode": mode.MAXPOOL}
-        y = resample(y, window=[2, 2], pre_padding=[0, 0], post_padding=[0, 0], stride=[2, 2], **options)
-        y = y[0] if isinstance(y, (list, tuple)) else y
-    y.set_output(True).set_data_type(half)
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    graph.check_support()
-    return "yes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ sys.path.append(str(BENCHMARKS))
 import gpu_bench  # noqa: E402
 import gpu_cases  # noqa: E402
 import gpu_check  # noqa: E402
+import gpu_cudnn  # noqa: E402
 import gpu_jobs  # noqa: E402
 import gpu_peers  # noqa: E402
 import gpu_report  # noqa: E402
@@ -185,6 +187,113 @@ def test_tasks_that_need_a_gpu_run_on_a_pretended_one() -> None:
     assert result.stdout.strip() == "fine", result.stdout + result.stderr[-4000:]
 
 
+# The question to cuDNN -----------------------------------------------------------------------------------------------
+
+# As strict as the library about what each attribute is, for the descriptors in question. FUSES: -1 it has no engines at
+# all, 0 none for a pool behind others, 1 for everything.
+FAKE_CUDNN = r"""
+#include <cstdint>
+#include <cstring>
+#include <cstddef>
+#include <map>
+#include <vector>
+struct Descriptor {
+  int kind;
+  bool is_final = false;
+  std::map<int, std::vector<void*>> pointers;
+  std::map<int, int> set;
+};
+static int live = 0;
+static std::map<int, int> wanted(int kind) {  // attribute, type
+  switch (kind) {
+    case 0: return {{0, 14}, {1, 1}};
+    case 1: return {{100, 1}, {101, 7}, {102, 3}, {103, 3}, {104, 3}, {105, 3}, {106, 3}};
+    case 3: return {};
+    case 4: return {{200, 8}, {201, 15}};
+    case 5: return {{400, 0}, {401, 15}};
+    case 10: return {{700, 4}, {701, 4}, {702, 15}, {703, 15}, {704, 15}, {705, 15}};
+    case 13: return {{750, 15}, {751, 15}, {753, 15}};
+    case 15: return {{800, 0}, {801, 15}};
+    case 17: return {{900, 3}, {901, 1}, {902, 3}, {903, 3}, {906, 3}, {907, 2}};
+    case 24: return {{1700, 21}, {1701, 1}, {1702, 3}, {1703, 26}, {1704, 26}, {1705, 26}, {1706, 26}, {1708, 22}};
+    case 25: return {{1710, 15}, {1711, 15}, {1713, 5}, {1714, 5}, {1716, 15}};
+  }
+  return {{-1, -1}};
+}
+extern "C" {
+int cudnnCreate(void** handle) { *handle = &live; return 0; }
+int cudnnDestroy(void*) { return 0; }
+size_t cudnnGetVersion() { return 91900; }
+int fake_live() { return live; }
+const char* cudnnGetErrorString(int status) {
+  return status / 1000 == 3 ? "CUDNN_STATUS_NOT_SUPPORTED" : "CUDNN_STATUS_BAD";
+}
+void cudnnGetLastErrorString(char* text, size_t size) { std::strncpy(text, "as the fake says", size); }
+int cudnnBackendCreateDescriptor(int kind, void** made) { ++live; *made = new Descriptor{kind}; return 0; }
+int cudnnBackendDestroyDescriptor(void* d) { --live; delete static_cast<Descriptor*>(d); return 0; }
+int cudnnBackendSetAttribute(void* d, int name, int type, int64_t count, const void* values) {
+  Descriptor& to = *static_cast<Descriptor*>(d);
+  if (to.is_final || count < 1) return 2000;
+  if (type == 15) {
+    std::vector<void*> all(count);
+    std::memcpy(all.data(), values, count * sizeof(void*));
+    for (void* one : all) if (!static_cast<Descriptor*>(one)->is_final && to.kind != 5) return 2004;
+    to.pointers[name] = all;
+  }
+  to.set[name] = type;
+  return 0;
+}
+int cudnnBackendFinalize(void* d) {
+  Descriptor& it = *static_cast<Descriptor*>(d);
+  for (const auto& [name, type] : wanted(it.kind)) if (!it.set.count(name) || it.set[name] != type) return 2000;
+  if (it.kind == 5) {
+    if (FUSES < 0) return 3000;
+  }
+  if (it.kind == 4 && FUSES == 0) {
+    bool pools = false, others = false;
+    for (void* op : static_cast<Descriptor*>(it.pointers[201][0])->pointers[801])
+      (static_cast<Descriptor*>(op)->kind == 25 ? pools : others) = true;
+    if (pools && others) return 3001;
+  }
+  it.is_final = true;
+  return 0;
+}
+int cudnnBackendGetAttribute(void* d, int name, int type, int64_t wanted, int64_t* count, void* values) {
+  if (name != 202 || type != 15 || !static_cast<Descriptor*>(d)->is_final) return 2000;
+  *count = 2;
+  return wanted == 0 ? values != nullptr : 0;
+}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fuses", "answer"),
+    [
+        (1, "cuDNN fuses them"),
+        (0, "not fused: finalize descriptor 4: CUDNN_STATUS_NOT_SUPPORTED as the fake says"),
+        (-1, "no answer: convolution, bias, ReLU: no: finalize descriptor 5: CUDNN_STATUS_NOT_SUPPORTED"),
+    ],
+)
+def test_the_question_to_cudnn(fuses: int, answer: str, tmp_path: Path) -> None:
+    source, library = tmp_path / "cudnn.cpp", tmp_path / f"libcudnn_{fuses}.so"
+    source.write_text(FAKE_CUDNN)
+    flags = ["-std=c++17", "-w", "-fPIC", "-shared", f"-DFUSES={fuses}"]
+    subprocess.run([compiler(), *flags, str(source), "-o", str(library)], check=True)
+    found = gpu_cudnn.probe_pool_fusion(str(library))
+    assert found["answer"].startswith(answer), found
+    assert found["cudnn"] == 91900 and ctypes.CDLL(str(library)).fake_live() == 0
+    assert found["both"] == "yes" if fuses == 1 else str(found["both"]).startswith("no: ")
+
+
+def test_no_answer_is_none(tmp_path: Path) -> None:
+    assert gpu_cudnn.probe_pool_fusion(str(tmp_path / "none.so"))["answer"].startswith(
+        "not asked: RuntimeError: no lib"
+    )
+    asked = {"convolution, bias, ReLU": "yes", "max-pool": "error: bad", "both": "no: engine"}
+    assert gpu_cudnn.conclusion(asked) == "no answer: max-pool: error: bad"
+
+
 # Arguments -----------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +361,10 @@ def test_cases_are_known_and_once_each() -> None:
     table = gpu_bench.cases()
     assert len(set(table)) == len(table) and {case.network for case in table} <= set(gpu_bench.NETWORKS)
     assert table[0] == gpu_bench.Case("seed2", 1, "float32")
+    widths = {int(case.network.removeprefix("mlp")): case for case in table if case.network.startswith("mlp")}
+    assert widths.keys() == {64, 128, 256, 512, 1024, 4096}
+    assert {case.batch for case in table if case.network == "mlp64"} == {1, 256, 4096, 65536}
+    assert {case.dtype for case in table} == {"float32", "bfloat16"}
     assert set(gpu_bench.NOMINAL) == set(gpu_check.DRY_RUN_DEVICES)
 
 
