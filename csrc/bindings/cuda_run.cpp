@@ -376,7 +376,8 @@ class CudaRun::Call {
   void call_library(const CudaLaunch& launch, const Operands& operands) {
     try {
       if (launch.kind == CudaLaunch::Kind::kCublasLinear) return launch_cublas(launch, operands);
-      held_ = library_conv(source_images(launch), weight_images(launch, operands), operands.bias, launch.conv, launch.has_relu);
+      held_ = library_conv(source_images(launch), weight_images(launch, operands), operands.bias, launch.conv, launch.has_relu)
+                  .contiguous(launch.is_nhwc ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);  // as it is already
     } catch (const c10::Error&) {
       throw Refusal("torch's " + launch.kernel + " raised an error for these shapes");
     }

@@ -34,7 +34,9 @@ Error properties(int index, DeviceProperties* result) {
   return nullptr;
 }
 
-Error last_error(void*) { return nullptr; }  // launches have returned theirs
+// Launches have returned their errors; but a test may want one that shows later, behind so many launches.
+int launches_to_error = -1;
+Error last_error(void*) { return launches_to_error >= 0 && launches_to_error-- == 0 ? "an illegal memory access" : nullptr; }
 
 bool is_captured = false;
 bool is_capturing(void*) { return is_captured; }
@@ -102,6 +104,9 @@ void fastseq_emulation_device(int major, int minor, int multiprocessors, int sha
 
 // Whether calls from now on are captured into a graph, as far as the engine can tell.
 void fastseq_emulation_capture(int is_captured) { fastseq::cuda::is_captured = is_captured != 0; }
+
+// The error of the kernel that is waited for after `launches` others.
+void fastseq_emulation_error(int launches) { fastseq::cuda::launches_to_error = launches; }
 
 // Whether the build has machine code for the device. Asked once, when the first call comes.
 void fastseq_emulation_code(int has_code) { fastseq::cuda::has_code = has_code != 0; }

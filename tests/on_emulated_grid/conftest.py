@@ -26,6 +26,9 @@ class Grid:
     def capture(self, is_captured: bool) -> None:
         self._library.fastseq_emulation_capture(int(is_captured))
 
+    def fail_after(self, launches: int) -> None:
+        self._library.fastseq_emulation_error(launches)
+
     def limit_shared_memory(self, shared_bytes: int) -> None:
         arguments = (9, 0, 132, shared_bytes, ctypes.c_int64(60 << 20))
         self._library.fastseq_emulation_device(*arguments)
@@ -46,6 +49,7 @@ def grid() -> Iterator[Grid]:
     yield grid
     grid.seed(1)
     grid.capture(False)
+    grid.fail_after(-1)
     grid.limit_shared_memory(227 << 10)
 
 

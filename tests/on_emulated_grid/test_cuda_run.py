@@ -455,6 +455,25 @@ def test_a_failed_launch_names_its_kernel(grid: Grid) -> None:
         fused(x)
 
 
+def test_an_error_inside_a_kernel_is_named_where_it_is_waited_for(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = MODELS["lenet5"].build(), MODELS["lenet5"].example(1)
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        fused(x)
+        names = kernels_used(fused)
+        grid.fail_after(0)
+        fused(x)  # nothing is waited for
+        monkeypatch.setenv("FASTSEQ_CHECK", "1")
+        for launches, kernel in enumerate(dict.fromkeys(names)):  # two convolutions and a chain of Linear layers
+            checked = fastseq.optimize(model)
+            grid.fail_after(launches)
+            with pytest.raises(RuntimeError, match=f"CUDA kernel {kernel} failed on .*: an illegal memory access"):
+                checked(x)
+        grid.fail_after(0)
+        grid.capture(True)
+        fastseq.optimize(model)(x)  # a captured call cannot be waited for
+
+
 def test_check_compares_with_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSEQ_CHECK", "1")
     for name in ("seed2", "lenet5"):
