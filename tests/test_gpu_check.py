@@ -325,6 +325,14 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert result.returncode == 2 and "no usable GPU" in result.stdout and list(tmp_path.glob("gpu-none-*.md"))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernels_on_the_device(tmp_path: Path) -> None:
+    """Few of the checks, in a minute or two: the whole script says more."""
+    result = run("--quick", "--only", "build,correctness", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
 # Floors --------------------------------------------------------------------------------------------------------------
 
 RATES = {"copy_gbytes_per_s": 1000.0, "bf16_tflops": 100.0, "tf32_tflops": 50.0, "f32_tflops": 10.0}
