@@ -227,6 +227,23 @@ def test_deep_convolutions_go_to_the_library(pool: nn.Module | None, input_forma
     torch.testing.assert_close(actual, eager, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_deep_convolutions_and_wide_linears_in_16_bits(kind: str) -> None:
+    """What the libraries do with NaN is tried for each dtype."""
+    for layers, shape, kernel in (
+        ([nn.Conv2d(128, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)], (1, 128, 64, 66), "cudnn_convolution_relu"),
+        ([nn.Linear(512, 520), nn.ReLU(), nn.Linear(520, 3)], (33, 512), "_addmm_activation"),
+    ):
+        model, x = prepare(kind, nn.Sequential(*layers), torch.randn(shape))
+        fused = fastseq.optimize(model)
+        assert_right(kind, model, x, run_fused(model, x))
+        x[0, 3] = torch.nan
+        with torch.no_grad():
+            assert torch.equal(fused(x).isnan(), model(x).isnan())
+        assert_was_fused(fused)
+        assert kernel in kernels_used(fused)[0]
+
+
 def test_a_chain_of_library_convolutions() -> None:
     layers = [
         nn.Conv2d(3, 128, 3),
