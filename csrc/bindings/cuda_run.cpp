@@ -427,8 +427,8 @@ at::Tensor CudaRun::call(const at::Tensor& input, const InputView& view, const P
 
   const cuda::DeviceProperties& properties = device_properties(device);
   if (properties.unusable)
-    throw Refusal("the CUDA kernels of this build, for " + std::string(cuda::engine()->architectures) + ", do not run on sm_" +
-                  std::to_string(properties.arch()) + ": " + properties.unusable);
+    throw Refusal("the CUDA kernels of this build, for " + std::string(cuda::engine()->architectures) + ", do not run on " +
+                  device.str() + ", sm_" + std::to_string(properties.arch()) + ": " + properties.unusable);
   const at::MemoryFormat format = view.signature.format();
   at::Tensor src = input.is_contiguous(format) ? input : input.contiguous(format);
   Key key;

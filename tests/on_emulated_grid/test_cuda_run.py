@@ -387,7 +387,7 @@ def test_a_device_that_the_build_has_no_code_for_runs_eager() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    assert "the CUDA kernels of this build, for emulated, do not run on sm_90: no kernel image" in done.stdout
+    assert "the CUDA kernels of this build, for emulated, do not run on cpu, sm_90: no kernel image" in done.stdout
 
 
 def test_precision_flags_by_their_newer_names() -> None:

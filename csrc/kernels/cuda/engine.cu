@@ -19,12 +19,10 @@ Error properties(int device, DeviceProperties* properties) {
   properties->multiprocessors = get(cudaDevAttrMultiProcessorCount);
   properties->shared_bytes_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   properties->l2_bytes = get(cudaDevAttrL2CacheSize);
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    return text_of(error);
-  }
-  // Every file is compiled for the same architectures, so one kernel tells for all; those for newer ones only say so themselves.
-  properties->unusable = prepare_pack_weights();
+  if (error != cudaSuccess) cudaGetLastError();
+  // Such as a driver that is older than this runtime. Every file is compiled for the same architectures, so that one kernel tells
+  // for all; those for newer ones only say so themselves.
+  properties->unusable = error == cudaSuccess ? prepare_pack_weights() : text_of(error);
   return nullptr;
 }
 
