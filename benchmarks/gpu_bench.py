@@ -223,7 +223,7 @@ def time_case(
             row: Row = {"network": case.network, "batch": case.batch, "dtype": case.dtype, "contender": name}
             rows[name] = {**row, "problem": None, "is_wrong": False}
             limit = min(compile_limit_s, reporter.seconds_left() - 2 * seconds)
-            reporter.stage(name, STAGE_SECONDS + (max(limit, 0) if name == "compile_max" else 0))
+            reporter.stage(name, STAGE_SECONDS * device.patience + (max(limit, 0) if name == "compile_max" else 0))
             try:
                 contender = prepare(model, inputs, device, limit)
                 result = contender.result()
@@ -249,7 +249,7 @@ def time_case(
                         rows[other]["problem"] = rows[other]["problem"] or f"not run: {name} has lost the GPU"
                     return list(rows.values())
         del expected, exact
-        reporter.stage("timing", STAGE_SECONDS)
+        reporter.stage("timing", STAGE_SECONDS * device.patience)
         device.warm_up(0.1)
         order, shuffle = list(timed), random.Random(0).shuffle
         end = min(time.time() + seconds, reporter.deadline)
@@ -304,7 +304,7 @@ def run_bench(
             continue
         if reporter.seconds_left() < 3 * seconds and not device.is_stand_in:
             break
-        with reporter.task(task, STAGE_SECONDS):
+        with reporter.task(task, STAGE_SECONDS * device.patience):
             limit = 0.0 if is_again else min(compile_limit_s, compile_budget_s - spent)
             try:
                 is_tampered = perturbs is not None and perturbs in case.name

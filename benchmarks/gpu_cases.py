@@ -913,7 +913,7 @@ def run_correctness(
             continue
         if task.needs_new_process and not reporter.is_first:
             return RESTART
-        with reporter.task(task.name, TASK_SECONDS):
+        with reporter.task(task.name, TASK_SECONDS * device.patience):
             reporter.row(**run_task(task, device, is_small, perturbs))
         if is_device_lost(device):
             return LOST_DEVICE
@@ -941,7 +941,7 @@ def run_sanitized(reporter: Reporter, device: Device, is_small: bool) -> int:
         for kernel in (family[i] for family in families.values() if i < len(family)):
             if not reporter.wants(kernel["name"]):
                 continue
-            with reporter.task(kernel["name"], 3 * TASK_SECONDS):
+            with reporter.task(kernel["name"], 3 * TASK_SECONDS * device.patience):
                 reporter.row(task=kernel["name"], **sanitized(kernel, device, 1 if is_small else 3))
     for kernel in kernels if not is_small else []:
         if kernel["name"] not in reporter.begun:

@@ -72,7 +72,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few kernels, few cases")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: plans, floors, and checks on the emulated grid")
     parser.add_argument("--only", metavar="PHASE,...", help=f"of {', '.join(PHASES)}")
-    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, metavar="S", help="seconds for everything (465)")
+    parser.add_argument(
+        "--limit", type=float, metavar="S", help="seconds for everything (465; ten times that for a dry run)"
+    )
     parser.add_argument("--budget", action="append", default=[], metavar="PHASE=S", help="seconds for one phase")
     parser.add_argument("--sanitized-cases", action="store_true", help="only what compute-sanitizer is to watch")
     # For the script itself, and for its tests.
@@ -87,7 +89,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = set(arguments.phases) - set(PHASES)
     if unknown:
         parser.error(f"--only: no such phase: {', '.join(sorted(unknown))}; there are {', '.join(PHASES)}")
-    arguments.budgets = dict(BUDGETS)
+    patience = StandIn.patience if arguments.dry_run else Gpu.patience
+    arguments.limit = LIMIT_SECONDS * patience if arguments.limit is None else arguments.limit
+    arguments.budgets = {name: seconds * patience for name, seconds in BUDGETS.items()}
     for text in arguments.budget:
         name, _, seconds = text.partition("=")
         if name not in PHASES or not re.fullmatch(r"\d+(\.\d+)?", seconds):

@@ -67,6 +67,7 @@ class Gpu:
     """The current CUDA device."""
 
     is_stand_in = False
+    patience = 1.0  # times the seconds that anything may take
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -157,6 +158,7 @@ class StandIn:
     """The CPU in the place of a GPU, for dry runs: the same calls, no meaning in the times."""
 
     is_stand_in = True
+    patience = 10.0  # a dry run times nothing, and may have a slow machine
     name = "CPU in the place of a GPU"
     arch = 90
     multiprocessors = 132

@@ -154,6 +154,7 @@ class Pretended(gpu_device.Gpu):
                 captured.output.copy_(result)
         return gpu_device.Captured(replay, captured.output, captured.nodes)
 
+assert gpu_bench.cuda_architectures() == "emulated", "another package came first"
 gpu = Pretended()
 assert len(dict(gpu_device.measure_ceilings(gpu, 1 << 20, 64))) == 12
 wanted = ("first call of a process in a capture, small net", "many graphs", "a graph outlives its plans",
@@ -179,11 +180,11 @@ def test_tasks_that_need_a_gpu_run_on_a_pretended_one() -> None:
     from emulation.extension import build_package
 
     compiler()
-    path = os.pathsep.join([str(build_package()), str(BENCHMARKS)])
-    environment = {**os.environ, "PYTHONPATH": path}
-    result = subprocess.run(
-        [sys.executable, "-c", PRETENDED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
+    package = build_package()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(BENCHMARKS)])}
+    # Not from the root: the package there would come first.
+    command = [sys.executable, "-c", PRETENDED]
+    result = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, timeout=600)
     assert result.stdout.strip() == "fine", result.stdout + result.stderr[-4000:]
 
 
@@ -316,7 +317,9 @@ def test_argument_errors(arguments: list[str], complaint: str, capsys: pytest.Ca
 def test_budgets_and_phases() -> None:
     arguments = gpu_check.parse_arguments(["--only", "build,bench", "--budget", "bench=12.5"])
     assert arguments.phases == ["build", "bench"] and arguments.budgets["bench"] == 12.5
-    assert arguments.budgets["build"] == gpu_check.BUDGETS["build"] and gpu_check.LIMIT_SECONDS < 480
+    assert arguments.budgets["build"] == gpu_check.BUDGETS["build"] and arguments.limit < 480
+    patient = gpu_check.parse_arguments(["--dry-run", "--budget", "bench=7"])  # the machine may be a slow one
+    assert patient.limit > 1000 and patient.budgets["correctness"] > 1000 and patient.budgets["bench"] == 7
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
