@@ -13,6 +13,9 @@ from fastseq.matcher import EXCLUDED
 from fastseq.module import is_fused_class, plain_class
 from fastseq.sequential import COMPILED, FusedSequential, compiled_of
 
+# The key in a parameter's __dict__ of what the torch.compile backend made for it.
+BINDINGS = "_fastseq_bindings"
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -57,11 +60,15 @@ def restore(model: ModelT) -> ModelT:
             object.__setattr__(module, "__class__", nn.Sequential)
         elif is_fused_class(type(module)):
             object.__setattr__(module, "__class__", plain_class(type(module)))
+    for parameter in model.parameters():
+        parameter.__dict__.pop(BINDINGS, None)
     return model
 
 
 def refresh(model: nn.Module) -> None:
-    """Drop all packed weights of an optimised model, so that the next call packs the weights as they are then.
+    """Drop all packed weights of a model, so that the next call packs the weights as they are then.
+
+    For optimised models, and for those compiled with `backend="fastseq"`.
 
     Needed only after writes that no check can see cheaply: a few elements of a large weight changed behind autograd's
     back (through `.data`, a NumPy alias or a raw pointer). All ordinary updates are noticed without it.
@@ -75,3 +82,5 @@ def refresh(model: nn.Module) -> None:
         compiled = compiled_of(module)
         if compiled is not None:
             compiled.refresh()
+    for parameter in model.parameters():
+        parameter.__dict__.pop(BINDINGS, None)

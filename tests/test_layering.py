@@ -30,6 +30,7 @@ LEVELS = {
     "controls": 8,
     "reference": 9,
     "optimize": 9,
+    "dynamo": 10,
     "report": 10,
     "verification": 11,
     "__init__": 12,
