@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -27,10 +26,12 @@ from fastseq.controls import BINDINGS
 from fastseq.matcher import KNOWN_LAYERS, EagerSegment, match
 from fastseq.optimize import enable_verbose_logging
 from fastseq.patterns.base import ATTRIBUTES, PARAMETERS
+from fastseq.patterns.functional import read_call
 from fastseq.plan import CompiledMatch
 from fastseq.sequential import KINDS, FusedSequential
 
 log = logging.getLogger(__name__)
+
 
 def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """The graph with its known runs fused, as a function of the same arguments. `graph_module` is not changed."""
@@ -64,103 +65,10 @@ class Call:
         return self.node.args[0] if self.node.args else self.node.kwargs.get("input")
 
 
-class UnknownCall(Exception):
-    """The node is none of the layers that the patterns know."""
-
-
-REQUIRED = object()
-
-
-@dataclass(frozen=True)
-class Signature:
-    """A function of torch as a layer. `arguments`: those behind the input with their defaults; `make` takes them."""
-
-    make: Callable[..., nn.Module]
-    arguments: dict[str, Any]
-
-    def bind(self, node: fx.Node) -> dict[str, Any]:
-        """The arguments of a call by name, without the input."""
-        names = ("input", *self.arguments)
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        values = {"input": REQUIRED, **self.arguments, **given}
-        is_complete = len(given) == len(node.args) + len(node.kwargs) and REQUIRED not in values.values()
-        if not is_complete or len(values) != len(names):
-            raise UnknownCall
-        del values["input"]
-        return values
-
-
-def as_layers_have_it(value: Any) -> Any:
-    """Sizes as the layers hold them, tuples for lists. What only a call knows, a node, stays one and is declined."""
-    return tuple(value) if isinstance(value, list | tuple) else value
-
-
-def without_parameters(kind: type[nn.Module], **attributes: Any) -> nn.Module:
-    """A layer with all that its forward and the matcher read but the parameters, which its constructor would make."""
-    layer = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    layer.__dict__.update(attributes)
-    layer._parameters.update(dict.fromkeys(PARAMETERS[kind]))
-    return layer
-
-
-def conv2d(weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> nn.Module:
-    sizes = {"stride": stride, "padding": padding, "dilation": dilation}
-    sizes = {name: as_layers_have_it(size) for name, size in sizes.items()}
-    return without_parameters(nn.Conv2d, **sizes, groups=groups, padding_mode="zeros")
-
-
-def linear(weight: Any, bias: Any) -> nn.Module:
-    return without_parameters(nn.Linear)
-
-
-def relu(inplace: Any = False) -> nn.Module:
-    if type(inplace) is not bool:
-        raise UnknownCall
-    return nn.ReLU(inplace)
-
-
-def max_pool2d(
-    kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any, return_indices: Any = False
-) -> nn.Module:
-    sizes = map(as_layers_have_it, (kernel_size, stride, padding, dilation))
-    kernel_size, stride, padding, dilation = sizes
-    return nn.MaxPool2d(kernel_size, None if stride == () else stride, padding, dilation, return_indices, ceil_mode)
-
-
-def dropout(p: Any, training: Any, inplace: Any) -> nn.Module:
-    # Eager rejects some values of p, and a node may be any.
-    if training is not False or type(p) not in (int, float) or not 0 <= p <= 1:
-        raise UnknownCall
-    return nn.Dropout(p).eval()
-
-
-PARAMETERS_OF_CALL = {"weight": REQUIRED, "bias": None}
-CONV2D = Signature(conv2d, {**PARAMETERS_OF_CALL, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
-LINEAR = Signature(linear, PARAMETERS_OF_CALL)
-RELU = Signature(relu, {})
-RELU_IN_PLACE = Signature(lambda: relu(inplace=True), {})
-POOL = {"kernel_size": REQUIRED, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
-FLATTEN = Signature(nn.Flatten, {"start_dim": 0, "end_dim": -1})
-FUNCTIONS: dict[Any, Signature] = {
-    F.conv2d: CONV2D,
-    torch.conv2d: CONV2D,
-    F.linear: LINEAR,
-    torch._C._nn.linear: LINEAR,
-    F.relu: Signature(relu, {"inplace": False}),
-    F.relu_: RELU_IN_PLACE,
-    torch.relu: RELU,
-    torch.relu_: RELU_IN_PLACE,
-    F.max_pool2d: Signature(max_pool2d, {**POOL, "return_indices": False}),
-    torch.max_pool2d: Signature(max_pool2d, POOL),
-    torch.flatten: FLATTEN,
-    F.dropout: Signature(dropout, {"p": 0.5, "training": True, "inplace": False}),
-}
-METHODS: dict[Any, Signature] = {"relu": RELU, "relu_": RELU_IN_PLACE, "flatten": FLATTEN}
 RESHAPES = {("call_method", "view"), ("call_method", "reshape"), ("call_function", torch.reshape)}
 
 
-def read_call(node: fx.Node, root: nn.Module) -> Call | None:
+def read_node(node: fx.Node, root: nn.Module) -> Call | None:
     """The node as a layer, or None."""
     if node.op == "call_module":
         # The module is the layer, with its own parameters; its hooks may do anything.
@@ -174,15 +82,10 @@ def read_call(node: fx.Node, root: nn.Module) -> Call | None:
 
 
 def read_function(node: fx.Node) -> Call | None:
-    signatures = {"call_function": FUNCTIONS, "call_method": METHODS}.get(node.op, {})
-    signature = signatures.get(node.target)
-    if signature is None:
+    found = read_call(node.target, node.args, node.kwargs) if node.op in ("call_function", "call_method") else None
+    if found is None:
         return None
-    try:
-        arguments = signature.bind(node)
-        layer = signature.make(**arguments)
-    except UnknownCall:
-        return None
+    layer, arguments = found
     parameters = {name: arguments[name] for name in PARAMETERS.get(type(layer), ()) if arguments[name] is not None}
     if not all(map(is_parameter, parameters.values())):
         return None
@@ -223,7 +126,7 @@ def has_contiguous_rows(tensor: Tensor) -> bool:
 
 def find_runs(graph_module: fx.GraphModule) -> Iterator[list[Call]]:
     """The calls of each native run, in order."""
-    read = ((node, read_call(node, graph_module)) for node in graph_module.graph.nodes)
+    read = ((node, read_node(node, graph_module)) for node in graph_module.graph.nodes)
     calls = {node: call for node, call in read if call is not None}
     seen: set[fx.Node] = set()
     for node, call in calls.items():
@@ -336,7 +239,7 @@ def key_of(call: Call) -> Any:
     if call.node.op == "call_module":
         return call.layer
     kind = type(call.layer)
-    return kind, *(getattr(call.layer, name) for name in ATTRIBUTES.get(kind, ())), *call.parameters
+    return kind, *(call.layer.__dict__.get(name) for name in ATTRIBUTES.get(kind, ())), *call.parameters
 
 
 class GraphRun(nn.Module):

@@ -88,7 +88,8 @@ TF32_TOLERANCE = 5e-3
 
 def tolerance(result: torch.Tensor) -> float:
     # By their newer names: the older ones raise where the newer were set.
-    flags = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    cudnn: Any = torch.backends.cudnn
+    flags = cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     uses_tf32 = "tf32" in flags
     if result.dtype is torch.float32 and result.is_cuda and uses_tf32:
         return TF32_TOLERANCE

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from fastseq.matcher import KNOWN_LAYERS, Leaf, flatten, is_excluded, is_plain_sequential
-from fastseq.patterns.functional import layer_of
+from fastseq.patterns.functional import read_call
 
 
 class NotStraight(Exception):
@@ -322,8 +322,8 @@ def _leaves(
             )
         else:
             call = Call(node.target, tuple(node.args[1:]), dict(node.kwargs))
-            layer = layer_of(node.target, call.args, call.kwargs)
-            yield Leaf(call.name, call if layer is None else layer, call=call)
+            known = read_call(node.target, node.args, node.kwargs)
+            yield Leaf(call.name, call if known is None else known[0], call=call)
 
 
 def _child_leaves(

@@ -134,6 +134,8 @@ class Refused(NamedTuple):
 
 
 IMAGE, ROWS = (2, 4, 9, 8), (3, 6)
+
+
 def excluded(layer: nn.Module) -> nn.Module:
     """As optimize(exclude=...) marks a layer of its copy."""
     layer.__dict__[matcher.EXCLUDED] = True

@@ -1,83 +1,126 @@
-"""Functional forms of layers: what `F.relu(x)` or `x.flatten(1)` in a module's forward is as a layer.
+"""Functional forms of layers: what `F.relu(x)` or `x.flatten(1)` is as a layer, traced in a forward or by dynamo.
 
-`layer_of` gives the layer that the patterns know, or None for a call that no layer of the table stands for. The layer
-is for matching only: where such a call runs eager, it is the call itself that runs.
+One table says it for both. The layer is for matching: where such a call runs eager, it is the call itself that runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn import functional as F
+
+from fastseq.patterns.base import PARAMETERS
 
 
-def _relu(inplace: Any = False) -> nn.Module:
+class UnknownCall(Exception):
+    """The call is none of the layers that the patterns know."""
+
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A function of torch as a layer. `arguments`: those behind the input with their defaults; `make` takes them."""
+
+    make: Callable[..., nn.Module]
+    arguments: dict[str, Any]
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, without the input."""
+        names = ("input", *self.arguments)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        values = {"input": REQUIRED, **self.arguments, **given}
+        is_complete = len(given) == len(args) + len(kwargs) and REQUIRED not in values.values()
+        if not is_complete or len(values) != len(names):
+            raise UnknownCall
+        del values["input"]
+        return values
+
+
+def as_layers_have_it(value: Any) -> Any:
+    """Sizes as the layers hold them, tuples for lists. What only a call knows, a node, stays one and is declined."""
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def without_parameters(kind: type[nn.Module], **attributes: Any) -> nn.Module:
+    """A layer with all that its forward and the matcher read but the parameters, which its constructor would make."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.__dict__.update(attributes)
+    layer._parameters.update(dict.fromkeys(PARAMETERS[kind]))
+    return layer
+
+
+def conv2d(weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> nn.Module:
+    sizes = {"stride": stride, "padding": padding, "dilation": dilation}
+    sizes = {name: as_layers_have_it(size) for name, size in sizes.items()}
+    return without_parameters(nn.Conv2d, **sizes, groups=groups, padding_mode="zeros")
+
+
+def linear(weight: Any, bias: Any) -> nn.Module:
+    return without_parameters(nn.Linear)
+
+
+def relu(inplace: Any = False) -> nn.Module:
+    if type(inplace) is not bool:
+        raise UnknownCall
     return nn.ReLU(inplace)
 
 
-def _relu_out_of_place() -> nn.Module:
-    return nn.ReLU()
-
-
-def _relu_() -> nn.Module:
-    return nn.ReLU(inplace=True)
-
-
-def _max_pool2d(
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: Any = False,
-    return_indices: Any = False,
+def max_pool2d(
+    kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any, return_indices: Any = False
 ) -> nn.Module:
-    return nn.MaxPool2d(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+    sizes = map(as_layers_have_it, (kernel_size, stride, padding, dilation))
+    kernel_size, stride, padding, dilation = sizes
+    return nn.MaxPool2d(kernel_size, None if stride == () else stride, padding, dilation, return_indices, ceil_mode)
 
 
-def _max_pool2d_of_torch(
-    kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: Any = False
-) -> nn.Module:
-    return nn.MaxPool2d(kernel_size, None if stride == () else stride, padding, dilation, ceil_mode=ceil_mode)
+def dropout(p: Any, training: Any, inplace: Any) -> nn.Module:
+    # Eager rejects some values of p, and a node of a graph may be any.
+    if training is not False or type(p) not in (int, float) or not 0 <= p <= 1:
+        raise UnknownCall
+    return nn.Dropout(p).eval()
 
 
-def _flatten(start_dim: Any = 0, end_dim: Any = -1) -> nn.Module:
-    return nn.Flatten(start_dim, end_dim)
-
-
-def _dropout(p: Any = 0.5, training: Any = True, inplace: Any = False) -> nn.Module | None:
-    return nn.Dropout(p, inplace).eval() if training is False else None
-
-
-def _dropout_of_torch(p: Any, train: Any) -> nn.Module | None:
-    return _dropout(p, train)
-
-
-Builder = Callable[..., nn.Module | None]
-
-# By function, or by name for methods of torch.Tensor. Builders take the call's arguments without the tensor, by the
-# function's own names and defaults.
-FUNCTIONS: dict[Any, Builder] = {
-    F.relu: _relu,
-    torch.relu: _relu_out_of_place,
-    torch.relu_: _relu_,
-    F.max_pool2d: _max_pool2d,
-    torch.max_pool2d: _max_pool2d_of_torch,
-    torch.flatten: _flatten,
-    F.dropout: _dropout,
-    torch.dropout: _dropout_of_torch,
+PARAMETERS_OF_CALL = {"weight": REQUIRED, "bias": None}
+CONV2D = Signature(conv2d, {**PARAMETERS_OF_CALL, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+LINEAR = Signature(linear, PARAMETERS_OF_CALL)
+RELU = Signature(relu, {})
+RELU_IN_PLACE = Signature(lambda: relu(inplace=True), {})
+POOL = {"kernel_size": REQUIRED, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+FLATTEN = Signature(nn.Flatten, {"start_dim": 0, "end_dim": -1})
+FUNCTIONS: dict[Any, Signature] = {
+    F.conv2d: CONV2D,
+    torch.conv2d: CONV2D,
+    F.linear: LINEAR,
+    torch._C._nn.linear: LINEAR,
+    F.relu: Signature(relu, {"inplace": False}),
+    F.relu_: RELU_IN_PLACE,
+    torch.relu: RELU,
+    torch.relu_: RELU_IN_PLACE,
+    F.max_pool2d: Signature(max_pool2d, {**POOL, "return_indices": False}),
+    torch.max_pool2d: Signature(max_pool2d, POOL),
+    torch.flatten: FLATTEN,
+    F.dropout: Signature(dropout, {"p": 0.5, "training": True, "inplace": False}),
 }
-METHODS: dict[str, Builder] = {"relu": _relu_out_of_place, "relu_": _relu_, "flatten": _flatten}
+METHODS: dict[Any, Signature] = {"relu": RELU, "relu_": RELU_IN_PLACE, "flatten": FLATTEN}
 
 
-def layer_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module | None:
-    """target: a function, or the name of a method; args, kwargs: constants, the tensor left out."""
-    builder = METHODS.get(target) if isinstance(target, str) else FUNCTIONS.get(target)
-    if builder is None:
+def read_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]] | None:
+    """A call as a layer, and its arguments by name; None if no layer of the table stands for it.
+
+    target: a function, or the name of a method; args, kwargs: as it is called, the tensor among them.
+    """
+    signature = (METHODS if isinstance(target, str) else FUNCTIONS).get(target)
+    if signature is None:
         return None
     try:
-        return builder(*args, **kwargs)
-    except (TypeError, ValueError):  # arguments that the function itself may take, or raise for when it runs
+        arguments = signature.bind(args, kwargs)
+        return signature.make(**arguments), arguments
+    except UnknownCall:
         return None
