@@ -104,8 +104,13 @@ def forward_of(module: nn.Module) -> FunctionType:
         raise NotStraight("its forward is no plain function of its class")
     if (forward.__module__ or "").split(".")[0] == "torch":
         raise NotStraight("its forward is torch's own")
-    own = [base for base in kind.__mro__[: kind.__mro__.index(nn.Module)] if base.__module__ != "fastseq.module"]
-    if any(name in base.__dict__ for base in own for name in ("__call__", "_call_impl", "_wrapped_call_impl")):
+    calls = [
+        base.__dict__[name]
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
+        for name in ("__call__", "_call_impl", "_wrapped_call_impl")
+        if name in base.__dict__
+    ]
+    if any(getattr(call, "__module__", "") != "fastseq.module" for call in calls):  # FusedModule's own
         raise NotStraight("its class has a __call__ of its own")
     if kind.__getattr__ is not nn.Module.__getattr__ or kind.__getattribute__ is not object.__getattribute__:
         raise NotStraight("its class looks up attributes in its own way")

@@ -619,6 +619,25 @@ def test_class_that_cannot_be_extended_keeps_its_forward() -> None:
         assert_follows(fast, 2)
 
 
+def test_compiling_many_classes() -> None:
+    """torch.compile gives up on a code object after eight recompilations: each class has its own."""
+
+    def compiled(i: int) -> tuple[Any, nn.Module]:
+        class Net(Base):
+            def forward(self, x):
+                return self.layer2(self.layer1(x))
+
+        fast = fastseq.optimize(Net().eval())
+        assert isinstance(fast, FusedModule)
+        return torch.compile(fast, backend="eager", fullgraph=True), fast
+
+    with torch.no_grad():
+        for i in range(10):
+            function, fast = compiled(i)
+            x = images()
+            torch.testing.assert_close(function(x), eager(fast, x))
+
+
 # explain -------------------------------------------------------------------------------------------------------------
 
 
