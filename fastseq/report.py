@@ -117,14 +117,16 @@ def news(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
 
 
 def _describe(path: str, module: nn.Sequential, inside: dict[int, str]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"path": path, "fused": type(module) is FusedSequential, "note": "", "segments": []}
+    # Subclasses too: torch's fully_shard makes one of the module's class, and changes none of its methods.
+    is_fused = isinstance(module, FusedSequential)
+    entry: dict[str, Any] = {"path": path, "fused": is_fused, "note": "", "segments": []}
     if id(module) in inside:
         entry["note"] = f"runs inside {inside[id(module)] or '(model)'}"
         return entry
     if is_excluded(module):
         entry["note"] = "excluded by optimize(exclude=...)"
         return entry
-    if type(module) not in KINDS:
+    if type(module) not in KINDS and not is_fused:
         entry["note"] = f"{type(module).__name__} is a subclass of nn.Sequential; it keeps its own forward"
         return entry
     compiled = compiled_of(module)
@@ -214,7 +216,7 @@ def _counters(module: nn.Module) -> dict[str, Any]:
     if compiled is None:
         return add_stats([])
     counters = compiled.stats()
-    if is_fused_class(type(module)) and not any(type(child) is FusedSequential for child in module.modules()):
+    if is_fused_class(type(module)) and not any(isinstance(child, FusedSequential) for child in module.modules()):
         declined = compiled.declined()
         counters = add_stats(
             [counters, {"fused_calls": 0, "eager_calls": sum(declined.values()), "fallbacks": declined}]

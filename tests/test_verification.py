@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dropin import NETS, RUNS, conv_net, images, nested_net, one_thread  # noqa: F401
+from dropin import NETS, RUNS, conv_net, images, mislead, nested_net, one_thread  # noqa: F401
 from torch import Tensor, nn
 
 import fastseq
@@ -115,7 +115,7 @@ def test_finds_an_error_and_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager computes something else than the layers say: the fused result must not pass for right."""
     fast = fastseq.optimize(conv_net())
     right = torch.nn.functional.linear
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: 1.01 * right(*args))
+    mislead(monkeypatch, nn.Linear, "linear", lambda *args: 1.01 * right(*args))
     found = fastseq.verify(fast, images())
     assert not found.ok and "NOT ok" in str(found) and "NOT ok" in repr(found)
     assert [step["ok"] for step in found.to_dict()["steps"]] == [True, False]
