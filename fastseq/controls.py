@@ -10,7 +10,7 @@ from torch import nn
 
 from fastseq import _native
 from fastseq.matcher import EXCLUDED
-from fastseq.module import is_fused_class, plain_class
+from fastseq.module import PAUSE, is_fused_class, plain_class
 from fastseq.sequential import COMPILED, FusedSequential, compiled_of
 
 # The key in a parameter's __dict__ of what the torch.compile backend made for it.
@@ -54,8 +54,8 @@ def restore(model: ModelT) -> ModelT:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastseq.restore expects a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        module.__dict__.pop(COMPILED, None)
-        module.__dict__.pop(EXCLUDED, None)
+        for key in (COMPILED, PAUSE, EXCLUDED):
+            module.__dict__.pop(key, None)
         if type(module) is FusedSequential:
             object.__setattr__(module, "__class__", nn.Sequential)
         elif is_fused_class(type(module)):

@@ -18,6 +18,26 @@ from fastseq.program import CHANGED
 from fastseq.sequential import COMPILED, KINDS, FusedSequential
 from fastseq.straight_line import StraightLine, straight_line
 
+# The key in __dict__ of the pause between two attempts to trace a forward that is no straight line any more.
+PAUSE = "_fastseq_pause"
+
+
+class Pause:
+    """Calls to let pass before the next attempt: twice as many each time, for nothing tells when one may succeed."""
+
+    LONGEST = 4096
+
+    def __init__(self) -> None:
+        self._left, self._length = 0, 1
+
+    def is_over(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+    def begin(self) -> None:
+        self._left = self._length
+        self._length = min(2 * self._length, self.LONGEST)
+
 
 class FusedModule(nn.Module):
     """Mixed into the class of a module by `fastseq.optimize`: the same module, whose calls may run as one native plan.
@@ -42,13 +62,18 @@ class FusedModule(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def _fastseq_compile(self) -> CompiledMatch | None:
-        """Trace and match the forward as it is now. None if that is impossible; then each call tries again."""
+        """Trace and match the forward as it is now. None if that is impossible."""
         before = self.__dict__.pop(COMPILED, None)
         if not _native.native_available() or "_is_replica" in self.__dict__:
             return None
+        pause = self.__dict__.setdefault(PAUSE, Pause())
+        if not pause.is_over():
+            return None
         found = match_forward(self)
         if isinstance(found, str):
+            pause.begin()
             return None
+        self.__dict__.pop(PAUSE, None)
         match, line = found
         compiled = CompiledMatch(self, match, before, line)
         self.__dict__[COMPILED] = compiled
@@ -63,11 +88,12 @@ class FusedModule(nn.Module):
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         _, arguments, state, *rest = reduced
         if isinstance(state, dict):
-            state = {key: value for key, value in state.items() if key != COMPILED}
+            state = {key: value for key, value in state.items() if key not in (COMPILED, PAUSE)}
         return (new_fused, (plain_class(type(self)), *arguments[1:]), state, *rest)
 
 
-_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+# By the user's class, as long as there is a module of the fused one.
+_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 
 
 def fused_class(kind: type) -> type:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.nn import functional
 from torch.nn.functional import max_pool2d
 
 import fastseq
-from fastseq import FusedModule, FusedSequential
+from fastseq import FusedModule, FusedSequential, module
 from fastseq.testing import MODELS, assert_matches
 
 
@@ -313,6 +315,46 @@ def test_another_code_object() -> None:
     assert_follows(fast, 1)
     fast.forward = lambda x: x + 1
     assert_follows(fast, 0)
+
+
+def test_a_forward_that_cannot_be_traced_any_more_is_not_traced_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Net(Base):
+        def forward(self, x):
+            return self.layer2(self.layer1(x))
+
+    def with_branch(self, x):
+        return self.layer1(x) if x.sum() > 0 else self.conv1(x)
+
+    traced: list[nn.Module] = []
+    real = module.match_forward
+    monkeypatch.setattr(module, "match_forward", lambda m: (traced.append(m), real(m))[1])
+    fast, code = warm(Net), Net.forward.__code__
+    del traced[:]
+    Net.forward.__code__ = with_branch.__code__
+    x = images()
+    with torch.no_grad():
+        for _ in range(60):
+            fast(x)
+        assert len(traced) == 6  # after 1, 2, 4, 8 and 16 calls more
+        torch.testing.assert_close(fast(x), eager(fast, x))
+        Net.forward.__code__ = code
+        for _ in range(32):
+            torch.testing.assert_close(fast(x), eager(fast, x))
+        assert call(fast, x)[1] == fused(1) and len(traced) == 7
+    assert not [key for m in copy.deepcopy(fast).modules() for key in m.__dict__ if "fastseq" in key]
+
+
+def test_fused_classes_end_with_their_modules() -> None:
+    class Net(Base):
+        def forward(self, x):
+            return self.layer2(self.layer1(x))
+
+    fast = fastseq.optimize(Net())
+    ended = weakref.ref(type(fast)), weakref.ref(Net)
+    del fast, Net
+    gc.collect()  # the fused class
+    gc.collect()  # then the user's, which that one referred to
+    assert ended[0]() is None and ended[1]() is None
 
 
 def test_patched_functions_and_globals(monkeypatch: pytest.MonkeyPatch) -> None:
