@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ContextDecorator
 from types import TracebackType
 from typing import TypeVar
@@ -26,17 +27,20 @@ class disabled(ContextDecorator):
     """
 
     def __init__(self) -> None:
-        self._before: list[bool] = []
+        self._local = threading.local()
+
+    def _recreate_cm(self) -> disabled:
+        return disabled()  # for each call of a decorated function
 
     def __enter__(self) -> None:
         if _native.is_loaded():
-            self._before.append(_native.module().set_disabled(True))
+            self._local.__dict__.setdefault("before", []).append(_native.module().set_disabled(True))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._before:
-            _native.module().set_disabled(self._before.pop())
+        if self._local.__dict__.get("before"):
+            _native.module().set_disabled(self._local.before.pop())
 
 
 def restore(model: ModelT) -> ModelT:

@@ -205,6 +205,10 @@ def calls_alone(graph_module: fx.GraphModule, run: list[Call], arguments: Sequen
     return fx.GraphModule(graph_module, graph).forward
 
 
+# Of runs that differ in their other parameters only, so many are kept: some of those may have been replaced.
+MOST_ALIKE = 8
+
+
 # At run time ------------------------------------------------------------------------------------------------------
 
 
@@ -274,9 +278,14 @@ class GraphRun(nn.Module):
         bindings = parameters[0].__dict__.get(BINDINGS)
         if type(bindings) is not Bindings:
             bindings = parameters[0].__dict__[BINDINGS] = Bindings()
-        binding = bindings.get(self.key)
-        if binding is None or any(a is not b for a, b in zip(binding.parameters, parameters, strict=True)):
-            binding = bindings[self.key] = self.bind(arguments, parameters)
+        # A binding keeps its parameters, so that their ids mean them.
+        key = (self.key, *map(id, parameters[1:]))
+        binding = bindings.get(key)
+        if binding is None:
+            alike = [other for other in bindings if other[0] == self.key]
+            for outdated in alike[: 1 - MOST_ALIKE]:
+                bindings.pop(outdated, None)
+            binding = bindings[key] = self.bind(arguments, parameters)
         return binding
 
     def bind(self, arguments: Sequence[Any], parameters: Sequence[Any]) -> Binding:

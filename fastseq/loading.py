@@ -12,11 +12,11 @@ from torch import nn
 
 from fastseq import _native
 
-LOAD_CODE = nn.Module.load_state_dict.__code__
+LOAD_CODE = getattr(nn.Module.load_state_dict, "__code__", None)
 
 
 class Load:
-    """A running `load_state_dict`, however deep in modules. Called: whether it still runs, in another thread than this.
+    """A running `load_state_dict`, however deep in modules. Called: where it runs.
 
     torch copies the dictionary at the start of the call into a local variable that nothing else holds; a weak reference
     to it and the thread's stack tell the end of the call, also one by an exception, and keep nothing alive.
@@ -29,13 +29,14 @@ class Load:
     def is_of(self, state_dict: Any) -> bool:
         return self._state_dict() is state_dict
 
-    def __call__(self) -> bool:
-        if self._thread == threading.get_ident():
-            return False
+    def __call__(self) -> bool | None:
+        """True while it runs in another thread, None while in this one, False when it has ended."""
         state_dict = self._state_dict()
         if state_dict is None:
             return False
-        return bool(_native.module().is_calling(self._thread, LOAD_CODE, "state_dict", state_dict))
+        if not _native.module().is_calling(self._thread, LOAD_CODE, "state_dict", state_dict):
+            return False
+        return None if self._thread == threading.get_ident() else True
 
 
 _latest = threading.local()

@@ -1,4 +1,7 @@
-"""Cuts a Sequential into native runs and eager layers. Pure: reads layers and a table, touches no tensor."""
+"""Cuts a Sequential, or the leaves of a forward, into native runs and eager layers.
+
+Pure: reads layers and a table, touches no tensor.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -25,6 +29,7 @@ LOOKED_UP: list[tuple[Any, str, Any]] = [
         *((kind, "__call__") for kind in (nn.Sequential, *FORWARDS)),
         (nn.Conv2d, "_conv_forward"),
         *((F, name) for name in ("conv2d", "linear", "relu", "max_pool2d", "dropout")),
+        *((torch, name) for name in ("relu", "relu_", "max_pool2d")),
     ]
 ]
 

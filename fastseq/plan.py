@@ -1,7 +1,8 @@
-"""From a match to the native program of one Sequential: watches on its modules, native runs, eager layers."""
+"""From a match to the native program of a Sequential or a forward: watches, native runs, eager layers."""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -54,18 +55,24 @@ def native_run(segment: NativeSegment) -> Any:
     )
 
 
-# By container, its own and those around it, into whose runs its layers were taken.
+# By container, its own and those around it, into whose runs its layers were taken; and what loads weights into it.
 _of_container: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[CompiledMatch]] = weakref.WeakKeyDictionary()
+_loads: weakref.WeakKeyDictionary[nn.Module, Load] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()  # of both
+
+# A match that is outdated after fewer calls may well be outdated again as soon.
+FEW_CALLS = 2
 
 
 def hold(container: nn.Module, load: Load | None) -> None:
     """Answer other threads with the weights of now until `load`, which is about to change `container`'s, ends."""
     if load is None:
         return
-    for compiled in list(_of_container.get(container, ())):
-        for run in compiled.runs:
-            if run is not None:
-                run.hold(load)
+    with _lock:
+        _loads[container] = load
+        found = list(_of_container.get(container, ()))
+    for compiled in found:
+        compiled.hold(load)
 
 
 class CompiledMatch:
@@ -83,12 +90,15 @@ class CompiledMatch:
         self.runs = [native_run(s) if isinstance(s, NativeSegment) else None for s in match.segments]
         module = _native.module()
         owners = line.containers if line else list(map(Container, (owner, *match.nested)))
-        for container in owners:
-            _of_container.setdefault(container.module, weakref.WeakSet()).add(self)
         containers = [
             # A child of the same name in __dict__ would hide the registered one, as for parameters.
             module.ModuleWatch(
-                c.module, c.attributes, c.children, tuple(c.module._modules.values()), is_owner=c.module is owner
+                c.module,
+                c.attributes,
+                c.children,
+                tuple(c.module._modules.values()),
+                tuple(c.module._modules) if c.children else None,
+                is_owner=c.module is owner,
             )
             for c in owners
         ]
@@ -107,9 +117,28 @@ class CompiledMatch:
         if _env.verbose():
             self.program = LoggedProgram(self.program, [run for run in self.runs if run is not None])
         self.refused = refused = module.Refused
+        with _lock:
+            for container in owners:
+                _of_container.setdefault(container.module, weakref.WeakSet()).add(self)
+            loads = [_loads[container.module] for container in owners if container.module in _loads]
+        for load in loads:
+            if load() is not False:  # made in the middle of it
+                self.hold(load)
         # An instance's own forward runs at each call; it may ask for the class's forward, and gets that one fused.
         self.call = self.program.call if "forward" not in owner.__dict__ else lambda *_: refused
         self.attempt = self.program.attempt
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Nothing: it belongs to this process and object. For modules that copy or pickle their `__dict__` by hand."""
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def hold(self, load: Load) -> None:
+        for run in self.runs:
+            if run is not None:
+                run.hold(load)
 
     def stats(self) -> dict[str, Any]:
         return add_stats([self.past, self.program.stats()])
@@ -126,6 +155,10 @@ class CompiledMatch:
         for run in self.runs:
             if run is not None:
                 run.forget_last_plan()
+
+    def is_short_lived(self) -> bool:
+        """Whether hardly a call was made with it."""
+        return bool(self.program.stats()["fused_calls"] < FEW_CALLS)
 
     def declined(self) -> dict[str, int]:
         """Why and how often the whole forward was left to Python."""

@@ -1,4 +1,4 @@
-"""Around `_C.Program`, which runs the segments of one Sequential: its counters, and its stand-ins for debugging.
+"""Around `_C.Program`, which runs the segments of a Sequential or a forward: counters, and stand-ins for debugging.
 
 A program has `call(module, input)` for the fast lane of FusedSequential, `forward(module, input)`,
 `attempt(module, input)` for a FusedModule, `is_current(module)`, `stats()` and `reset_stats()`.
@@ -41,7 +41,8 @@ class CheckedProgram:
         module = _native.module()
         self._refused = module.Refused
         # An eager segment is a program of its own too, so that every refusal is the engine's.
-        self._parts = [(module.Program(owner, containers, [s], forwards), s[0], s[1]) for s in segments]
+        # Of what they share, the whole alone tells the garbage collector.
+        self._parts = [(module.Program(owner, containers, [s], forwards, shares=True), s[0], s[1]) for s in segments]
         self._whole = module.Program(owner, containers, segments, forwards)  # never run
 
     def call(self, module: nn.Module, input: Any) -> Any:

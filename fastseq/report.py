@@ -11,7 +11,7 @@ from torch import nn
 
 from fastseq import _native
 from fastseq.matcher import EagerSegment, Leaf, Match, is_excluded, match
-from fastseq.module import is_fused_class, match_forward, refuse_class
+from fastseq.module import FusedModule, match_forward, refuse_class
 from fastseq.optimize import isa
 from fastseq.plan import CompiledMatch
 from fastseq.program import add_stats
@@ -145,11 +145,13 @@ def _describe(path: str, module: nn.Sequential, inside: dict[int, str]) -> dict[
 
 def _describe_forward(path: str, module: nn.Module, inside: dict[int, str], declined: str) -> dict[str, Any] | None:
     """Of a module with a forward of its own, None where there is nothing to tell. `declined`: why its last call was."""
-    entry: dict[str, Any] = {"path": path, "fused": is_fused_class(type(module)), "note": "", "segments": []}
+    is_fused = isinstance(module, FusedModule)
+    entry: dict[str, Any] = {"path": path, "fused": is_fused, "note": "", "segments": []}
     if id(module) in inside:
         entry["note"] = f"runs inside {inside[id(module)] or '(model)'}"
         return entry
-    if type(module).__module__.split(".")[0] == "torch" or is_excluded(module) or not module._modules:
+    is_torchs = type(module).__module__.split(".")[0] == "torch" and not is_fused
+    if is_torchs or is_excluded(module) or not module._modules:
         return None
     compiled = compiled_of(module)
     if compiled is not None and not compiled.is_current(module):
@@ -158,7 +160,7 @@ def _describe_forward(path: str, module: nn.Module, inside: dict[int, str], decl
     if isinstance(found, str) or declined:
         reason = declined or found
         entry["note"] = f"runs as it is, each Sequential in it by itself: {reason}"
-        return entry if any(isinstance(child, nn.Sequential) for child in module.modules()) else None
+        return entry if is_fused or any(isinstance(child, nn.Sequential) for child in module.modules()) else None
     if not entry["fused"]:
         refused = refuse_class(module)
         entry["note"] = (
@@ -167,8 +169,12 @@ def _describe_forward(path: str, module: nn.Module, inside: dict[int, str], decl
             else f"runs as it is, each Sequential in it by itself: {refused}"
         )
         return entry
-    entry["note"] = "its forward is a straight line: runs as one plan"
     made = found[0] if compiled is None else compiled.match
+    if not made.has_native:
+        reasons = [segment.reason for segment in made.segments if isinstance(segment, EagerSegment)]
+        entry["note"] = f"runs as it is, each Sequential in it by itself: {next(iter(reasons), 'nothing to fuse')}"
+        return entry
+    entry["note"] = "its forward is a straight line: runs as one plan"
     entry["segments"] = list(_segments(made, compiled))
     inside.update((id(container), path) for container in made.nested)
     return entry
@@ -216,7 +222,7 @@ def _counters(module: nn.Module) -> dict[str, Any]:
     if compiled is None:
         return add_stats([])
     counters = compiled.stats()
-    if is_fused_class(type(module)) and not any(isinstance(child, FusedSequential) for child in module.modules()):
+    if isinstance(module, FusedModule) and not any(isinstance(child, FusedSequential) for child in module.modules()):
         declined = compiled.declined()
         counters = add_stats(
             [counters, {"fused_calls": 0, "eager_calls": sum(declined.values()), "fallbacks": declined}]

@@ -38,10 +38,11 @@ class Container:
 
 @dataclass
 class TracedForward:
-    """A forward that was traced. `names`: (dictionary, key, value) of each global name and torch function it reads."""
+    """A forward that was traced. `names`: (dictionary or class, key, value) of each global name, torch function and
+    class attribute that it depends on; None of a class for an attribute that it must not have."""
 
     function: FunctionType
-    names: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    names: list[tuple[Any, str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -92,6 +93,23 @@ CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.memory_format
 TORCH_MODULES = (torch, torch.nn, torch.nn.functional)
 
 
+def class_attribute(kind: type, name: str) -> Any:
+    """What the class or a base has by that name, as it is; None for nothing."""
+    return next((base.__dict__[name] for base in kind.__mro__ if name in base.__dict__), None)
+
+
+def user_class(kind: type) -> type:
+    """The user's class behind one that `optimize` made, or any other class itself."""
+    names = [(base.__module__, base.__name__) for base in kind.__mro__]
+    mixin = ("fastseq.module", "FusedModule")
+    return kind.__mro__[names.index(mixin) + 1] if mixin in names else kind
+
+
+# What nn.Module runs for a call and for an attribute, under which a forward alone says what a module does.
+CALLING = [(name, class_attribute(nn.Module, name)) for name in ("__call__", "_call_impl")]
+LOOKING_UP = [(name, class_attribute(nn.Module, name)) for name in ("__getattr__", "__getattribute__")]
+
+
 def is_constant(value: Any) -> bool:
     return type(value) in CONSTANTS or (type(value) is tuple and all(map(is_constant, value)))
 
@@ -104,15 +122,9 @@ def forward_of(module: nn.Module) -> FunctionType:
         raise NotStraight("its forward is no plain function of its class")
     if (forward.__module__ or "").split(".")[0] == "torch":
         raise NotStraight("its forward is torch's own")
-    calls = [
-        base.__dict__[name]
-        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
-        for name in ("__call__", "_call_impl", "_wrapped_call_impl")
-        if name in base.__dict__
-    ]
-    if any(getattr(call, "__module__", "") != "fastseq.module" for call in calls):  # FusedModule's own
+    if any(class_attribute(user_class(kind), name) is not value for name, value in CALLING):
         raise NotStraight("its class has a __call__ of its own")
-    if kind.__getattr__ is not nn.Module.__getattr__ or kind.__getattribute__ is not object.__getattribute__:
+    if any(class_attribute(kind, name) is not value for name, value in LOOKING_UP):
         raise NotStraight("its class looks up attributes in its own way")
     code = forward.__code__
     takes_one = code.co_argcount == 2 and not code.co_kwonlyargcount and not forward.__defaults__
@@ -175,14 +187,15 @@ def _stand_in(tracer: fx.proxy.TracerBase, value: Any, text: str, traced: Traced
 class _Self:
     """Stands for the module itself: gives its children, and constants from its `__dict__`."""
 
-    def __init__(self, tracer: fx.proxy.TracerBase, container: Container) -> None:
-        object.__setattr__(self, "_parts", (tracer, container))
+    def __init__(self, tracer: fx.proxy.TracerBase, container: Container, traced: TracedForward) -> None:
+        object.__setattr__(self, "_parts", (tracer, container, traced))
 
     def __getattribute__(self, name: str) -> Any:
-        tracer, container = object.__getattribute__(self, "_parts")
+        tracer, container, traced = object.__getattribute__(self, "_parts")
         module = container.module
-        if any(name in base.__dict__ for base in type(module).__mro__):
+        if class_attribute(type(module), name) is not None:
             raise NotStraight(f"its forward reads self.{name}, an attribute of its class")
+        traced.names.append((type(module), name, None))
         if name in module.__dict__:
             value = module.__dict__[name]
             if not is_constant(value):
@@ -215,12 +228,13 @@ def trace(container: Container) -> tuple[fx.Graph, TracedForward]:
     forward = forward_of(container.module)
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
-    traced = TracedForward(forward)
+    kind = type(container.module)
+    traced = TracedForward(forward, [(user_class(kind), *pair) for pair in CALLING] + [(kind, *p) for p in LOOKING_UP])
     code = forward.__code__
     function = FunctionType(code, _globals(tracer, forward, traced), forward.__name__)
     x = tracer.create_proxy("placeholder", code.co_varnames[1], (), {})
     try:
-        output = function(_Self(tracer, container), x)
+        output = function(_Self(tracer, container, traced), x)
         if not isinstance(output, fx.Proxy):
             raise NotStraight("its forward does not return what flows through it")
         tracer.create_proxy("output", "output", (output,), {})
@@ -253,6 +267,10 @@ class _Batches:
         else:
             return False
         return True
+
+    def are_used(self) -> bool:
+        """Whether each of them is read by a view in the end: eager might raise for one that nobody else looks at."""
+        return all(node.users for node in (*self._shapes, *self._sizes))
 
     def source(self, value: Any) -> fx.Node | None:
         """The value whose first size `value` is."""
@@ -310,6 +328,8 @@ def _leaves(
         if node.op == "output":
             if node.args[0] is not current:
                 raise NotStraight("its forward returns something else than its last value")
+            if not batches.are_used():
+                raise NotStraight("its forward reads a size that it does not use")
             return
         if batches.take(node):
             continue
@@ -326,6 +346,9 @@ def _leaves(
                 f"{prefix}{node.target}", container.module._modules[node.target], line, kinds, inside
             )
         else:
+            if node.op == "call_method":
+                method = class_attribute(torch.Tensor, node.target)
+                line.forwards[0].names.append((torch.Tensor, node.target, method))
             call = Call(node.target, tuple(node.args[1:]), dict(node.kwargs))
             known = read_call(node.target, node.args, node.kwargs)
             yield Leaf(call.name, call if known is None else known[0], call=call)

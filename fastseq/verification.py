@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.matcher import Leaf, Match, NativeSegment, match
-from fastseq.module import is_fused_class, match_forward
+from fastseq.module import FusedModule, match_forward
 from fastseq.plan import CompiledMatch
 from fastseq.reference import plain_copy
 from fastseq.report import news, stats
@@ -140,12 +140,12 @@ def _matches(model: nn.Module, plain: nn.Module) -> Iterator[tuple[str, Match]]:
     for path, module in plain.named_modules():
         if id(module) in inside:
             continue
-        if is_fused_class(type(modules[path])):
+        if isinstance(modules[path], FusedModule):
             found = match_forward(module)
             if isinstance(found, str):
                 continue
             made = found[0]
-        elif type(modules[path]) is FusedSequential:
+        elif isinstance(modules[path], FusedSequential):
             made = match(module, KINDS)
         else:
             continue

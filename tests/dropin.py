@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastseq
 from fastseq import FusedSequential
-from fastseq.module import plain_class
+from fastseq.straight_line import user_class
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def as_plain(model: nn.Module) -> Iterator[nn.Module]:
     classes = {module: type(module) for module in model.modules()}
     try:
         for module, kind in classes.items():
-            plain = nn.Sequential if kind is FusedSequential else plain_class(kind)
+            plain = nn.Sequential if kind is FusedSequential else user_class(kind)
             object.__setattr__(module, "__class__", plain)
         yield model
     finally:

@@ -179,6 +179,43 @@ def test_disabled_as_decorator() -> None:
         assert call(fast, x)[1] == fused(1)
 
 
+def test_a_decorated_function_in_two_threads() -> None:
+    """One leaves first, inside a block of its own: each has back what it had before."""
+    fast, x = fastseq.optimize(conv_net()), images()
+    barrier = threading.Barrier(2, timeout=60)
+    found: dict[str, list[int]] = {"inside a block": [], "outside": []}
+    left = threading.Event()
+
+    @fastseq.disabled()
+    def decorated(name: str) -> None:
+        barrier.wait()
+        if name == "outside":
+            assert left.wait(60)
+
+    def fused_calls() -> int:
+        with torch.no_grad():
+            before = fastseq.stats(fast)["fused_calls"]
+            fast(x)
+            return int(fastseq.stats(fast)["fused_calls"] - before)
+
+    def first() -> None:
+        with fastseq.disabled():
+            decorated("inside a block")
+            found["inside a block"].append(fused_calls())
+        left.set()
+
+    def second() -> None:
+        decorated("outside")
+        found["outside"].append(fused_calls())
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {"inside a block": [0], "outside": [1]}
+
+
 def test_disabled_is_of_the_thread() -> None:
     fast, x = fastseq.optimize(conv_net()), images()
     counters: list[dict[str, Any]] = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +28,7 @@ from dropin import (
     one_thread,  # noqa: F401
     split_net,
 )
+from torch import nn
 
 import fastseq
 from fastseq import _env
@@ -351,3 +354,23 @@ def test_check_and_verbose_together(
     assert all(text.count(name) == 1 for name in kernels_of(fast))
     assert_eager(fast, x, "gradients are being recorded")
     assert "gradients are being recorded" in capsys.readouterr().err
+
+
+def test_check_leaves_the_collector_right(clean: pytest.MonkeyPatch) -> None:
+    """Several programs share watches and runs, of which the collector is told once."""
+    clean.setenv("FASTSEQ_CHECK", "1")
+    fast, x = (
+        fastseq.optimize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh(), nn.Linear(4, 2)).eval()),
+        torch.ones(2, 4),
+    )
+    with torch.no_grad():
+        fast(x)
+    kept = fast[0].weight
+    fast.itself = [fast]
+    ended = weakref.ref(fast)
+    fast[0].weight = nn.Parameter(torch.zeros(4, 4))
+    del fast
+    gc.collect()
+    gc.collect()
+    assert ended() is None
+    assert kept.shape == (4, 4) and kept.requires_grad

@@ -222,3 +222,75 @@ def test_part_of_a_model_may_be_loaded_while_others_call() -> None:
         finally:
             loading.clear()
         assert all(task.result(60) for task in tasks)
+
+
+class During:
+    """Runs something in the middle of a load of `model`, just before `layer`, in that or another thread."""
+
+    def __init__(self, layer: nn.Module, work: Callable[[], Any], in_other_thread: bool) -> None:
+        self.results: list[Any] = []
+        self.work, self.in_other_thread = work, in_other_thread
+        layer.register_load_state_dict_pre_hook(self.hook)
+
+    def hook(self, *_: Any) -> None:
+        def run() -> None:
+            with torch.no_grad():
+                self.results.append(self.work())
+
+        if not self.in_other_thread:
+            run()
+            return
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(60)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 9)).eval()
+
+
+def test_a_call_of_the_loading_thread_leaves_the_old_weights_to_the_others() -> None:
+    fast, x, other = fastseq.optimize(mlp()), torch.randn(3, 40), mlp()
+    with torch.no_grad():
+        old = fast(x)
+        inside = During(fast[2], lambda: fast(x), in_other_thread=False)
+        outside = During(fast[2], lambda: fast(x), in_other_thread=True)
+        fast.load_state_dict(other.state_dict())
+        assert torch.equal(outside.results[0], old)
+        assert not torch.equal(inside.results[0], old)  # eager, on what is there
+        torch.testing.assert_close(fast(x), other(x))
+
+
+def test_a_first_call_in_the_middle_of_a_load_waits_for_its_end() -> None:
+    fast, x, other = fastseq.optimize(mlp()), torch.randn(3, 40), mlp()
+    results: list[Tensor] = []
+
+    def first_call() -> None:
+        with torch.no_grad():
+            results.append(fast(x))
+
+    thread = threading.Thread(target=first_call)
+    fast[2].register_load_state_dict_pre_hook(lambda *_: (thread.start(), time.sleep(0.2)))
+    fast.load_state_dict(other.state_dict())
+    thread.join(60)
+    with torch.no_grad():
+        torch.testing.assert_close(results[0], other(x))
+        assert torch.equal(results[0], fast(x))
+
+
+def test_inputs_that_eager_alone_takes_while_weights_are_loaded() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval()
+    fast, image = fastseq.optimize(model), torch.randn(3, 8, 8)
+    with torch.no_grad():
+        fast(image[None])
+        results: list[Tensor] = []
+
+        def unbatched() -> None:
+            with torch.no_grad():
+                results.append(fast(image))
+
+        thread = threading.Thread(target=unbatched)
+        fast[2].register_load_state_dict_pre_hook(lambda *_: (thread.start(), time.sleep(0.1)))
+        fast.load_state_dict(model.state_dict())
+        thread.join(60)
+        assert torch.equal(results[0], model(image))

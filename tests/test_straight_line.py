@@ -292,6 +292,128 @@ def test_weights_are_live() -> None:
     assert_follows(fast, 1)
 
 
+def test_children_that_swap_their_names() -> None:
+    class Net(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+
+        def forward(self, x):
+            return self.b(F.relu(self.a(x)))
+
+    fast = warm(Net)
+    a, b = fast.a, fast.b
+    del fast.a, fast.b
+    fast.b, fast.a = a, b
+    assert_follows(fast, 1)
+    fast.c = fast._modules.pop("a")
+    assert_follows(fast)
+
+
+def test_changes_of_the_class() -> None:
+    class Block(Base):
+        def forward(self, x):
+            return self.layer1(x)
+
+    def new() -> tuple[type[nn.Module], nn.Module]:
+        class Net(Base):
+            def __init__(self) -> None:
+                super().__init__()
+                self.block = Block()
+
+            def forward(self, x):
+                return self.layer2(self.block(x))
+
+        return Net, warm(Net)
+
+    def twice(self, *args):
+        return 2 * nn.Module.__call__(self, *args)
+
+    Net, fast = new()
+    Net.__call__ = twice  # type: ignore[method-assign]
+    assert_follows(fast)
+    with torch.no_grad():
+        x = images()
+        torch.testing.assert_close(fast(x), 2 * nn.Module.__call__(fast, x))
+    Net, fast = new()
+    Block.__call__ = twice  # type: ignore[method-assign]
+    assert_follows(fast)
+    del Block.__call__
+    Net, fast = new()
+    Net.block = property(lambda self: self.conv1)  # type: ignore[attr-defined]
+    assert_follows(fast)
+    Net, fast = new()
+    Net.__getattr__ = lambda self, name: nn.Module.__getattr__(self, "layer1" if name == "block" else name)  # type: ignore
+    assert_follows(fast)
+
+
+def test_replaced_methods_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = warm(Methods)
+    monkeypatch.setattr(torch.Tensor, "relu", lambda x: x + 1, raising=False)
+    assert_follows(fast)
+    monkeypatch.undo()
+    assert_follows(fast)
+
+
+def test_a_forward_that_depends_on_what_changes_each_call() -> None:
+    """It is traced ever more seldom, and right all the time."""
+    fast = warm(ReshapeOfAttribute)
+    for i in range(40):
+        fast.width = (54, 27)[i % 2]
+        with torch.no_grad():
+            x = images()
+            expected, actual = outcome(eager, fast, x), outcome(fast, x)
+        assert expected[1:] == actual[1:]
+        if expected.error is None:
+            torch.testing.assert_close(actual.value, expected.value)
+    fast.width = 54
+    with torch.no_grad():
+        for _ in range(100):
+            fast(images())
+    assert_follows(fast, 1)
+
+
+def test_dropout_in_training_before_a_view_to_an_earlier_batch() -> None:
+    """Not all of it can be native, and the view is right only if it is: the forward itself runs until that changes."""
+
+    class Net(Base):
+        def forward(self, x):
+            n = x.shape[0]
+            return self.head(self.layer2(self.dropout(self.layer1(x))).view(n, -1))
+
+    fast = fastseq.optimize(Net().train())
+    x = images()
+    with torch.no_grad():
+        for _ in range(3):
+            assert call(fast, x)[1]["fused_calls"] == 3  # each Sequential
+        assert "batch size from another value" in str(fastseq.explain(fast))
+        fast.eval()
+        assert_follows(fast, 1)
+
+
+def test_sizes_that_nobody_uses_are_read_all_the_same() -> None:
+    class Pair(nn.Module):
+        def forward(self, x):
+            return (x, x)
+
+    class First(nn.Module):
+        def forward(self, pair):
+            return pair[0]
+
+    class Net(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair, self.first = Pair(), First()
+
+        def forward(self, x):
+            x = self.pair(x)
+            x.shape[0]
+            return self.layer1(self.first(x))
+
+    with torch.no_grad():
+        assert assert_same_outcome(fastseq.optimize(Net().eval()), images()).error is AttributeError
+
+
 def test_another_code_object() -> None:
     class Net(Base):
         def forward(self, x):
@@ -326,8 +448,8 @@ def test_a_forward_that_cannot_be_traced_any_more_is_not_traced_at_each_call(mon
         return self.layer1(x) if x.sum() > 0 else self.conv1(x)
 
     traced: list[nn.Module] = []
-    real = module.match_forward
-    monkeypatch.setattr(module, "match_forward", lambda m: (traced.append(m), real(m))[1])
+    real = module.straight_line
+    monkeypatch.setattr(module, "straight_line", lambda m, kinds: (traced.append(m), real(m, kinds))[1])
     fast, code = warm(Net), Net.forward.__code__
     del traced[:]
     Net.forward.__code__ = with_branch.__code__
@@ -335,12 +457,13 @@ def test_a_forward_that_cannot_be_traced_any_more_is_not_traced_at_each_call(mon
     with torch.no_grad():
         for _ in range(60):
             fast(x)
-        assert len(traced) == 6  # after 1, 2, 4, 8 and 16 calls more
+        assert 3 < len(traced) < 9
         torch.testing.assert_close(fast(x), eager(fast, x))
         Net.forward.__code__ = code
         for _ in range(32):
             torch.testing.assert_close(fast(x), eager(fast, x))
-        assert call(fast, x)[1] == fused(1) and len(traced) == 7
+        assert fastseq.stats(fast)["fused_calls"] >= 32  # of the time before as well
+        assert call(fast, x)[1] == fused(1) and len(traced) < 10
     assert not [key for m in copy.deepcopy(fast).modules() for key in m.__dict__ if "fastseq" in key]
 
 
@@ -637,6 +760,43 @@ def test_user_defined_pickling_is_kept() -> None:
     assert_follows(copied, 1)
 
 
+def test_modules_that_copy_their_dict_by_hand() -> None:
+    class ByHand(Base):
+        def forward(self, x):
+            return self.layer2(self.layer1(x))
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            copied = type(self).__new__(type(self))
+            memo[id(self)] = copied
+            copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+            return copied
+
+    class Nested(Base):
+        def forward(self, x):
+            return self.layer2(self.layer1(x))
+
+        def __getstate__(self) -> Any:
+            return {"inner": dict(self.__dict__)}
+
+        def __setstate__(self, state: Any) -> None:
+            self.__dict__.update(state["inner"])
+
+    for kind in (ByHand, Nested):
+        copied = copy.deepcopy(warm(kind))
+        assert isinstance(copied, kind)
+        assert_follows(copied, 1)
+
+
+def test_a_class_derived_from_a_fused_one() -> None:
+    """As torch's fully_shard makes them."""
+    fast = warm(Seed3)
+    fast.__class__ = type("Sharded", (type(fast),), {})
+    assert_follows(fast, 1)
+    assert_follows(copy.deepcopy(fast), 1)
+    assert fastseq.explain(fast, images()).to_dict()["forwards"][0]["fused"]
+    assert fastseq.verify(fast, images()).ok and len(fastseq.verify(fast, images()).to_dict()["steps"]) == 3
+
+
 def test_class_that_cannot_be_extended_keeps_its_forward() -> None:
     subclasses: list[type] = []
 
@@ -654,7 +814,17 @@ def test_class_that_cannot_be_extended_keeps_its_forward() -> None:
         def forward(self, x):
             return self.layer2(self.layer1(x))
 
-    for kind in (Registers, Reduces):
+    class NewArguments(Base):
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return super().__new__(cls)
+
+        def __getnewargs_ex__(self) -> Any:
+            return (), {"a": 1}
+
+        def forward(self, x):
+            return self.layer2(self.layer1(x))
+
+    for kind in (Registers, Reduces, NewArguments):
         fast = fastseq.optimize(kind().eval())
         assert type(fast) is kind and not subclasses
         assert "its class" in str(fastseq.explain(fast))

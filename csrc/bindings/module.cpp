@@ -97,12 +97,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("fma_peak", fma_peak, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 
   py::class_<ModuleWatch, std::shared_ptr<ModuleWatch>>(m, "ModuleWatch")
-      .def(py::init<py::object, const std::vector<std::string>&, const std::vector<std::string>&, std::optional<py::tuple>, bool>(),
+      .def(py::init<py::object, const std::vector<std::string>&, const std::vector<std::string>&, std::optional<py::tuple>,
+                    std::optional<py::tuple>, bool>(),
            py::arg("module"), py::arg("attributes"), py::arg("parameters"), py::arg("children") = py::none(),
-           py::arg("is_owner") = false);
+           py::arg("names") = py::none(), py::arg("is_owner") = false);
 
   py::class_<ForwardWatch, std::shared_ptr<ForwardWatch>>(m, "ForwardWatch")
-      .def(py::init<py::object, const std::vector<std::tuple<py::dict, py::str, py::object>>&>(), py::arg("function"),
+      .def(py::init<py::object, const std::vector<std::tuple<py::object, py::str, py::object>>&>(), py::arg("function"),
            py::arg("names"));
 
   py::class_<NativeRun, std::shared_ptr<NativeRun>>(m, "NativeRun")
@@ -126,6 +127,7 @@ PYBIND11_MODULE(_C, m) {
       .def("refresh", &NativeRun::refresh);
 
   add_program_types(m);
+  refuse_globally();  // looks things up once: now, while no other thread can wait for it
 }
 
 }  // namespace fastseq

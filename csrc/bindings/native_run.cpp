@@ -13,6 +13,7 @@ namespace fastseq {
 namespace {
 
 constexpr Reason kWait = "no plan for this input, and weights are being loaded";
+constexpr Reason kNoMemory = "not enough memory for a fused run";
 // A call that has to wait for a load looks this often, and goes on with the weights as they are after this long.
 constexpr std::chrono::microseconds kLoadPoll(200);
 constexpr std::chrono::seconds kLongestLoad(10);
@@ -43,8 +44,8 @@ void NativeRun::refresh() {
 }
 
 void NativeRun::hold(py::object load) {
-  if (load_.is(load)) return;  // which has begun to change the weights
-  if (is_held()) return;       // by another thread's load: it alone says when the weights are whole again
+  if (load_.is(load)) return;       // which has begun to change the weights
+  if (held() != Held::kNo) return;  // an earlier load says when the weights are whole again
   std::vector<py::object> replaced;
   if (cpu_.has_plans()) {
     // What is packed may be older than this moment.
@@ -55,7 +56,7 @@ void NativeRun::hold(py::object load) {
       cuda_.follow(parameters_);
       try {
         refused ? cpu_.forget_plans() : cpu_.pack_again(parameters_);
-      } catch (const Refusal&) {
+      } catch (const std::exception&) {  // what these weights do not fit, or no memory: load_state_dict must go on
         cpu_.forget_plans();
       }
     }
@@ -63,18 +64,27 @@ void NativeRun::hold(py::object load) {
   load_ = std::move(load);
 }
 
-bool NativeRun::is_held() {
+NativeRun::Held NativeRun::held() {
   while (load_) {
     const py::object load = load_;  // while it is asked, the next load may begin in its thread
-    if (load().cast<bool>()) return true;
+    const py::object answer = load();
+    if (answer.is_none()) return Held::kByThis;
+    if (answer.cast<bool>()) return Held::kByOther;
     if (load_.is(load)) load_ = py::object();
   }
-  return false;
+  return Held::kNo;
 }
 
 Outcome NativeRun::call_held(const at::Tensor& input, const InputView& view, bool records_grad) {
   if (records_grad) return {{}, "weights are being loaded while gradients are recorded"};
-  if (std::optional<at::Tensor> result = cpu_.call_as_planned(input, view)) return {*result, nullptr};
+  try {
+    if (std::optional<at::Tensor> result = cpu_.call_as_planned(input, view)) return {*result, nullptr};
+  } catch (const Refusal&) {  // for eager, which is to see whole weights: when they are loaded
+  } catch (const std::bad_alloc&) {
+    return {{}, kNoMemory};
+  } catch (const c10::Error&) {
+    return {{}, kNoMemory};
+  }
   return {{}, kWait};
 }
 
@@ -106,7 +116,8 @@ Outcome NativeRun::call(PyObject* object) {
   if (load_ && backend == Backend::kCpu) {
     const auto start = std::chrono::steady_clock::now();
     bool has_waited = false;
-    while (is_held() && std::chrono::steady_clock::now() - start < kLongestLoad) {
+    for (Held by; (by = held()) != Held::kNo && std::chrono::steady_clock::now() - start < kLongestLoad;) {
+      if (by == Held::kByThis) return {{}, "weights are being loaded by this thread"};
       const Outcome outcome = call_held(*input, view, records_grad);
       if (outcome.reason != kWait) return outcome;
       const py::gil_scoped_release release;
@@ -129,13 +140,12 @@ Outcome NativeRun::call(PyObject* object) {
     if (backend == Backend::kCpu) {
       cuda_.forget_last_plan();
       // Nothing was written yet. Eager may need less, or says in its own words that there is too little.
-      constexpr Reason no_memory = "not enough memory for a fused run";
       try {
         return {cpu_.call(*input, view, parameters_), nullptr};
       } catch (const std::bad_alloc&) {
-        return {{}, no_memory};
+        return {{}, kNoMemory};
       } catch (const c10::Error&) {  // torch's allocator; the CPU engine asks nothing else of torch
-        return {{}, no_memory};
+        return {{}, kNoMemory};
       }
     }
     cpu_.forget_last_plan();

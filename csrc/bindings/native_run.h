@@ -44,7 +44,8 @@ class NativeRun {
   void refresh();
 
   // Other threads' calls are answered with the weights of this moment until `load` ends, which loads new ones in this thread.
-  // load(): whether it is still running, in another thread than the one that asks. CPU engine only.
+  // load(): True while it runs in another thread than the one that asks, None while in this one, False when it has ended.
+  // CPU engine only.
   void hold(py::object load);
 
   // The plan of the last call: its steps, and scratch in bytes; nothing before the first.
@@ -69,7 +70,8 @@ class NativeRun {
   CudaRun cuda_;
   py::object load_;  // of hold(), none when there is none
 
-  bool is_held();
+  enum class Held { kNo, kByOther, kByThis };
+  Held held();
   Outcome call_held(const at::Tensor& input, const InputView& view, bool records_grad);
 };
 

@@ -28,6 +28,7 @@ struct State {
   std::vector<Segment> segments;
   std::vector<std::shared_ptr<ForwardWatch>> forwards;  // whose trace the segments are; none for those of a Sequential
   bool has_native = false;
+  bool shares = false;  // another program of the same owner has the same watches and runs, and tells the garbage collector of them
   Counters counters;
   std::map<Reason, int64_t> declined;  // by attempt()
 };
@@ -164,7 +165,7 @@ Reason refuse_segments(PyObject* object) {
 // Null, or why a module's own forward must run, before any of the segments was tried.
 Reason refuse_whole(const State& state, PyObject* owner, PyObject* input) {
   if (const Reason reason = refuse_all(state, owner, true)) return reason;
-  if (!state.has_native) return "nothing to fuse";
+  if (!state.has_native) return has_changed_segment(state) ? kChanged : "nothing to fuse";
   return state.segments.size() > 1 ? refuse_segments(input) : nullptr;
 }
 
@@ -220,14 +221,17 @@ PyObject* program_reset_stats(PyObject* self, PyObject*) {
 }
 
 // Program(owner, containers, segments, forwards): containers are ModuleWatch objects, the owner's first; segments are
-// (run or None, layers, watch or None); forwards are ForwardWatch objects.
+// (run or None, layers, watch or None); forwards are ForwardWatch objects. shares: see State.
 PyObject* program_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   HANDLE_TH_ERRORS
   PyObject *owner, *containers, *segments, *forwards;
-  static const char* names[] = {"owner", "containers", "segments", "forwards", nullptr};
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO", const_cast<char**>(names), &owner, &containers, &segments, &forwards))
+  int shares = 0;
+  static const char* names[] = {"owner", "containers", "segments", "forwards", "shares", nullptr};
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|p", const_cast<char**>(names), &owner, &containers, &segments, &forwards,
+                                   &shares))
     return nullptr;
   auto state = std::make_unique<State>();
+  state->shares = shares;
   state->owner = owner;
   for (const py::handle watch : py::reinterpret_borrow<py::list>(containers))
     state->containers.push_back(watch.cast<std::shared_ptr<ModuleWatch>>());
@@ -253,12 +257,15 @@ int program_traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   const State* const state = state_of(self);
   if (!state) return 0;
+  for (const Segment& segment : state->segments)
+    for (const py::object& layer : segment.layers) Py_VISIT(layer.ptr());
+  // Each reference must be told of once only.
+  if (state->shares) return 0;
   for (const auto& watch : state->containers)
     if (const int stop = watch->traverse(visit, arg)) return stop;
   for (const auto& forward : state->forwards)
     if (const int stop = forward->traverse(visit, arg)) return stop;
   for (const Segment& segment : state->segments) {
-    for (const py::object& layer : segment.layers) Py_VISIT(layer.ptr());
     if (segment.run)
       if (const int stop = segment.run->traverse(visit, arg)) return stop;
     if (segment.watch)
@@ -307,7 +314,7 @@ PyType_Slot program_slots[] = {
     {Py_tp_traverse, reinterpret_cast<void*>(program_traverse)},
     {Py_tp_clear, reinterpret_cast<void*>(program_clear)},
     {Py_tp_methods, program_methods},
-    {Py_tp_doc, const_cast<char*>("Native runs and eager layers of one Sequential, in order.")},
+    {Py_tp_doc, const_cast<char*>("Native runs and eager layers of a Sequential or a forward, in order.")},
     {0, nullptr},
 };
 

@@ -28,8 +28,12 @@ PyObject* type_forward(PyTypeObject* type) { return _PyType_Lookup(type, forward
 }  // namespace
 
 ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attributes, const std::vector<std::string>& parameters,
-                         std::optional<py::tuple> children, bool is_owner)
-    : module_(module.ptr()), is_owner_(is_owner), type_(Py_TYPE(module_)), children_(std::move(children)) {
+                         std::optional<py::tuple> children, std::optional<py::tuple> names, bool is_owner)
+    : module_(module.ptr()),
+      is_owner_(is_owner),
+      type_(Py_TYPE(module_)),
+      children_(std::move(children)),
+      names_(std::move(names)) {
   if (!is_owner_) Py_INCREF(module_);
   forward_ = py::reinterpret_borrow<py::object>(type_forward(type_));
   const py::dict values = dict();
@@ -53,6 +57,7 @@ int ModuleWatch::traverse(visitproc visit, void* arg) const {
   Py_VISIT(own_forward_.ptr());
   for (const auto& [name, expected] : attributes_) Py_VISIT(expected.ptr());
   if (children_) Py_VISIT(children_->ptr());
+  if (names_) Py_VISIT(names_->ptr());
   return 0;
 }
 
@@ -80,8 +85,12 @@ WatchResult ModuleWatch::check(bool check_hooks) const {
     if (!modules || !PyDict_Check(modules) || PyDict_GET_SIZE(modules) != count) return WatchResult::kChanged;
     PyObject *key, *child;
     Py_ssize_t position = 0;
-    for (Py_ssize_t i = 0; PyDict_Next(modules, &position, &key, &child); ++i)
+    for (Py_ssize_t i = 0; PyDict_Next(modules, &position, &key, &child); ++i) {
       if (child != PyTuple_GET_ITEM(children_->ptr(), i)) return WatchResult::kChanged;
+      if (!names_) continue;
+      PyObject* const name = PyTuple_GET_ITEM(names_->ptr(), i);
+      if (key != name && PyUnicode_Compare(key, name) != 0) return WatchResult::kChanged;
+    }
   }
   if (check_hooks) {
     PyObject* const compiled = find(values, compiled_name);
@@ -102,21 +111,28 @@ PyObject* ModuleWatch::parameter(size_t index) const {
   return parameters && PyDict_Check(parameters) ? find(parameters, parameters_[index].ptr()) : nullptr;
 }
 
-ForwardWatch::ForwardWatch(py::object function, const std::vector<std::tuple<py::dict, py::str, py::object>>& names)
+ForwardWatch::ForwardWatch(py::object function, const std::vector<std::tuple<py::object, py::str, py::object>>& names)
     : function_(std::move(function)) {
   if (!PyFunction_Check(function_.ptr())) throw py::type_error("ForwardWatch expects a Python function");
   code_ = py::reinterpret_borrow<py::object>(PyFunction_GET_CODE(function_.ptr()));
-  for (const auto& [dict, key, value] : names) {
+  for (const auto& [holder, key, value] : names) {
+    if (!PyType_Check(holder.ptr()) && !PyDict_Check(holder.ptr())) throw py::type_error("ForwardWatch expects dicts and classes");
     PyObject* interned_key = py::object(key).release().ptr();
     PyUnicode_InternInPlace(&interned_key);
-    names_.push_back({dict, py::reinterpret_steal<py::object>(interned_key), value});
+    names_.push_back({holder, py::reinterpret_steal<py::object>(interned_key), value});
   }
 }
 
 bool ForwardWatch::is_same() const {
   if (PyFunction_GET_CODE(function_.ptr()) != code_.ptr()) return false;
-  for (const Name& name : names_)
-    if (find(name.dict.ptr(), name.key.ptr()) != name.value.ptr()) return false;
+  for (const Name& name : names_) {
+    if (PyType_Check(name.holder.ptr())) {
+      PyObject* const found = _PyType_Lookup(reinterpret_cast<PyTypeObject*>(name.holder.ptr()), name.key.ptr());
+      if (found != (name.value.is_none() ? nullptr : name.value.ptr())) return false;
+    } else if (find(name.holder.ptr(), name.key.ptr()) != name.value.ptr()) {
+      return false;
+    }
+  }
   return true;
 }
 
@@ -124,7 +140,7 @@ int ForwardWatch::traverse(visitproc visit, void* arg) const {
   Py_VISIT(function_.ptr());
   Py_VISIT(code_.ptr());
   for (const Name& name : names_) {
-    Py_VISIT(name.dict.ptr());
+    Py_VISIT(name.holder.ptr());
     Py_VISIT(name.key.ptr());
     Py_VISIT(name.value.ptr());
   }

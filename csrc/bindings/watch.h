@@ -20,10 +20,10 @@ enum class WatchResult { kSame, kHooked, kChanged };
 class ModuleWatch {
  public:
   // attributes: names in module.__dict__ whose values (or absence) were matched; parameters: names in module._parameters that
-  // forward reads. children: the values of module._modules in order, for a container. is_owner: the module owns the program that
-  // this watch belongs to, and is not kept alive by it.
+  // forward reads. children: the values of module._modules in order, for a container; names: its keys, where they count. is_owner:
+  // the module owns the program that this watch belongs to, and is not kept alive by it.
   ModuleWatch(py::object module, const std::vector<std::string>& attributes, const std::vector<std::string>& parameters,
-              std::optional<py::tuple> children, bool is_owner);
+              std::optional<py::tuple> children, std::optional<py::tuple> names, bool is_owner);
   ~ModuleWatch();
   ModuleWatch(const ModuleWatch&) = delete;
   ModuleWatch& operator=(const ModuleWatch&) = delete;
@@ -45,14 +45,15 @@ class ModuleWatch {
   py::object own_forward_;  // of the instance, normally none
   std::vector<std::pair<py::object, py::object>> attributes_;
   std::vector<py::object> parameters_;
-  std::optional<py::tuple> children_;
+  std::optional<py::tuple> children_, names_;
 };
 
-// What a forward of Python code was traced from: the function's code, and what its global names and torch's functions were.
+// What a forward of Python code was traced from: the function's code, and what its global names, torch's functions and the
+// attributes of its class were.
 class ForwardWatch {
  public:
-  // names: (dictionary, key, value), keys interned strings.
-  ForwardWatch(py::object function, const std::vector<std::tuple<py::dict, py::str, py::object>>& names);
+  // names: (dictionary or class, key, value); of a class, None stands for nothing by that name.
+  ForwardWatch(py::object function, const std::vector<std::tuple<py::object, py::str, py::object>>& names);
 
   bool is_same() const;
   // For the garbage collector: the references held here.
@@ -60,8 +61,7 @@ class ForwardWatch {
 
  private:
   struct Name {
-    py::dict dict;
-    py::object key, value;
+    py::object holder, key, value;
   };
 
   py::object function_, code_;

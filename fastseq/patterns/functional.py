@@ -109,6 +109,7 @@ FUNCTIONS: dict[Any, Signature] = {
     F.dropout: Signature(dropout, {"p": 0.5, "training": True, "inplace": False}),
 }
 METHODS: dict[Any, Signature] = {"relu": RELU, "relu_": RELU_IN_PLACE, "flatten": FLATTEN}
+TORCHS_METHODS = {name: getattr(torch.Tensor, name) for name in METHODS}  # as nobody has replaced them
 
 
 def read_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]] | None:
@@ -117,7 +118,7 @@ def read_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
     target: a function, or the name of a method; args, kwargs: as it is called, the tensor among them.
     """
     signature = (METHODS if isinstance(target, str) else FUNCTIONS).get(target)
-    if signature is None:
+    if signature is None or (isinstance(target, str) and getattr(torch.Tensor, target) is not TORCHS_METHODS[target]):
         return None
     try:
         arguments = signature.bind(args, kwargs)
