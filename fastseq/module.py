@@ -15,7 +15,7 @@ from fastseq.loading import current_load
 from fastseq.matcher import EagerSegment, Match, cut
 from fastseq.plan import CompiledMatch, hold
 from fastseq.program import CHANGED
-from fastseq.sequential import COMPILED, KINDS, FusedSequential
+from fastseq.sequential import COMPILED, KINDS
 from fastseq.straight_line import StraightLine, straight_line, user_class
 
 # The key in __dict__ of the pause between two attempts to trace a forward.
@@ -124,7 +124,7 @@ _classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary(
 
 
 def fused_class(kind: type) -> type:
-    """The subclass of `kind` that is a FusedModule; always the same one, with the name of `kind`."""
+    """The subclass of `kind` that is a FusedModule, with the name of `kind`; the same one while it is in use."""
     made = _classes.get(kind)
     if made is None:
         call = FusedModule.__call__
@@ -206,6 +206,3 @@ def fuse(module: nn.Module) -> str | None:
     if reason is None:
         object.__setattr__(module, "__class__", fused_class(type(module)))
     return reason
-
-
-__all__ = ["FusedModule", "FusedSequential", "fuse", "is_fused_class", "match_forward", "plain_class"]
