@@ -301,6 +301,9 @@ class Lockstep:
         return side
 
     def invoke(self, model: nn.Module, x: Tensor, style: str) -> Any:
+        if style == "disabled":
+            with fastseq.disabled():
+                return model(x)
         if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
             return model(x)  # transforms cannot initialise
         if style == "keyword":
@@ -317,9 +320,6 @@ class Lockstep:
             return torch.func.vmap(model)(x)
         if style == "jvp":
             return torch.func.jvp(model, (x,), (torch.ones_like(x),))
-        if style == "disabled":
-            with fastseq.disabled():
-                return model(x)
         if style == "subclass":
             return model(x.as_subclass(Subclass))
         return model(x)
