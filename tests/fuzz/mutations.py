@@ -197,7 +197,8 @@ def new_parameter(model: nn.Module, how: Mutation) -> None:
 @mutation
 def new_parameter_layout(model: nn.Module, how: Mutation) -> None:
     """The same values with other strides, or some other shape or dtype."""
-    slot = at(slots(model), how.target)
+    # Not of a parametrized layer: torch._weight_norm writes out of bounds where its two parameters do not fit.
+    slot = at([s for s in slots(model) if not isinstance(s[0], nn.utils.parametrize.ParametrizationList)], how.target)
     if slot is None:
         return
     module, name = slot
