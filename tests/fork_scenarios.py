@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -236,6 +237,11 @@ def much_work_in_the_child() -> None:
                 break
         stop.set()
         watcher.join()
+        # A thread that was joined stays in /proc for a moment.
+        for _ in range(5000):
+            if thread_count() == 1:
+                break
+            time.sleep(0.001)
         return seen[0] >= 2 + THREADS - 1 and thread_count() == 1
 
     assert in_child(child)
