@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <exception>
 #include <limits>
 #include <thread>
@@ -57,6 +58,18 @@ void run_tiles(const cpu::TileLoop* loops, int most, cpu::TileJob job, int64_t c
     job.dst_offset += larger * (size + 1);
   }
   loops[size](job, tiles - larger);
+}
+
+// `rows` rows through products of nearly equal height.
+void run_products(const cpu::KernelSet& set, int vectors, cpu::ProductJob job, int64_t rows) {
+  const int64_t blocks = (rows + set.product_rows[vectors] - 1) / set.product_rows[vectors];
+  const int64_t size = rows / blocks, larger = rows % blocks;
+  if (larger) {
+    set.product[vectors][size + 1](job, larger);
+    job.src += larger * (size + 1) * job.src_stride;
+    job.dst += larger * (size + 1) * vectors * set.lanes;
+  }
+  set.product[vectors][size](job, blocks - larger);
 }
 
 }  // namespace
@@ -170,7 +183,7 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
   std::vector<Workspace> at(static_cast<size_t>(threads));
   for (Workspace& w : at) {
     w.arena = arenas.add(plan_.arena_floats_);
-    if (plan_.ring_floats_) w.ring = scratch.add(plan_.ring_floats_);
+    if (plan_.thread_floats_) w.scratch = scratch.add(plan_.thread_floats_);
   }
   float* const all_features = splits ? scratch.add(batch * plan_.features_) : nullptr;
 
@@ -226,31 +239,34 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
     at[i].src = src + image * plan_.src_image_, at[i].dst = dst + image * plan_.dst_image_;
     if (all_features) at[i].features = all_features + image * plan_.features_;
   }
-  std::vector<float*> rings(static_cast<size_t>(plan_.ring_floats_ ? threads : 0));
-  for (float*& ring : rings) ring = scratch.add(plan_.ring_floats_);
+  std::vector<float*> own_scratch(static_cast<size_t>(plan_.thread_floats_ ? threads : 0));
+  for (float*& s : own_scratch) s = scratch.add(plan_.thread_floats_);
   float* hidden[2] = {nullptr, nullptr};
   if (plan_.linear_.size() > 1)
     for (float*& h : hidden) h = scratch.add(batch * plan_.rows_stride_);
 
   // The rows of all images, one after the other, are shared out evenly; `body` gets those of one image at a time.
-  auto share_rows = [&](int64_t rows, int thread, int count, auto&& body) {
-    const Share share(batch * rows, thread, count);
+  // Units of several rows stay whole.
+  auto share_rows = [&](int64_t rows, int64_t unit, int thread, int count, auto&& body) {
+    const int64_t units = (rows + unit - 1) / unit;
+    const Share share(batch * units, thread, count);
     for (int64_t r = share.first; r < share.last;) {
-      const int64_t image = r / rows, first = r % rows, last = std::min(rows, first + share.last - r);
+      const int64_t image = r / units, first_unit = r % units, last_unit = std::min(units, first_unit + share.last - r);
+      const int64_t first = first_unit * unit, last = std::min(rows, last_unit * unit);
       Workspace own = at[static_cast<size_t>(image)];
-      if (!rings.empty()) own.ring = rings[static_cast<size_t>(thread)];
+      if (!own_scratch.empty()) own.scratch = own_scratch[static_cast<size_t>(thread)];
       body(own, first, last);
-      r += last - first;
+      r += last_unit - first_unit;
     }
   };
   auto work = [&](int thread, int count, Barrier& barrier) {
     if (plan_.copies_input_) {
-      share_rows(plan_.entry_.h, thread, count, [&](const Workspace& w, int64_t a, int64_t b) { copy_input(w, a, b); });
+      share_rows(plan_.entry_.h, 1, thread, count, [&](const Workspace& w, int64_t a, int64_t b) { copy_input(w, a, b); });
       barrier.wait();
     }
     for (const SpatialStep& step : plan_.spatial_) {
       const bool is_last = &step == &plan_.spatial_.back();
-      share_rows(step.dst.h, thread, count, [&](const Workspace& w, int64_t a, int64_t b) {
+      share_rows(step.dst.h, step.unit_rows, thread, count, [&](const Workspace& w, int64_t a, int64_t b) {
         run_step(step, w, a, b);
         if (is_last && plan_.transposes_output_) copy_output(w, a, b);
       });
@@ -268,7 +284,7 @@ const float* Executor::source(const Map& map, const Workspace& at) const {
 float* Executor::target(const Map& map, const Workspace& at) const {
   if (map.place == Map::Place::kCallerDst) return at.dst;
   if (map.place == Map::Place::kFeatures) return at.features;
-  if (map.place == Map::Place::kRing) return at.ring;
+  if (map.place == Map::Place::kRing) return at.scratch;
   return at.arena + map.offset + map.origin;
 }
 
@@ -310,7 +326,12 @@ void Executor::run_step(const SpatialStep& step, const Workspace& at, int64_t fi
     return;
   }
   if (!step.has_pool || step.pools_in_registers) {
-    conv_rows(step, at, step.dst, step.lower, first, last);
+    if (step.winograd) {
+      const int64_t side = step.winograd.side;
+      run_winograd(step, &at, 1, step.dst, step.lower, first / side, (last + side - 1) / side);
+    } else {
+      conv_rows(step, at, step.dst, step.lower, first, last);
+    }
     return;
   }
   // Through the ring: the rows a group of pooled rows needs and that are not there yet, then the pool.
@@ -320,7 +341,12 @@ void Executor::run_step(const SpatialStep& step, const Workspace& at, int64_t fi
     const int64_t begin_conv = std::max<int64_t>(0, row * step.pool.stride_h - step.pool.pad_top);
     const int64_t end_conv = std::min(step.conv_h, (end - 1) * step.pool.stride_h - step.pool.pad_top + step.pool.k_h);
     made = std::max(made, begin_conv);
-    if (made < end_conv) conv_rows(step, at, step.ring, kNoLower, made, end_conv);
+    if (step.winograd) {
+      const int64_t side = step.winograd.side;
+      run_winograd(step, &at, 1, step.ring, kNoLower, made / side, (end_conv + side - 1) / side);
+    } else if (made < end_conv) {
+      conv_rows(step, at, step.ring, kNoLower, made, end_conv);
+    }
     made = std::max(made, end_conv);
     pool_rows(step, at, row, end);
     row = end;
@@ -343,26 +369,136 @@ void Executor::conv_rows(const SpatialStep& step, const Workspace& at, const Map
 void Executor::conv_panel(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel,
                           int64_t row, int64_t rows) const {
   const int64_t scale = step.pools_in_registers ? 2 : 1;
+  cpu::TileJob job = conv_job(step, at, dst, lower, panel, row * scale * step.conv.stride_h, 0);
+  job.src_offset = step.src_offset.data();
+  job.dst = target(dst, at) + (row % dst.rows_kept) * dst.row_stride + panel.first_lane;
+  job.dst_offset = step.dst_offset.data();
+  run_conv(step, panel, job, rows * (step.conv_w / scale));
+}
+
+// All but the offsets of the pixels; the source is the window of the input that belongs to row y and column x before padding.
+cpu::TileJob Executor::conv_job(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel,
+                                int64_t y, int64_t x) const {
   const int width = panel.vectors * kernels_.lanes;
   cpu::TileJob job = {};
-  job.src = source(step.src, at) + (row * scale * step.conv.stride_h - step.conv.pad_top) * step.src.row_stride -
-            step.conv.pad_left * step.src.pitch;
-  job.src_offset = step.src_offset.data();
+  job.src = source(step.src, at) + (y - step.conv.pad_top) * step.src.row_stride + (x - step.conv.pad_left) * step.src.pitch;
   job.runs = step.runs.data();
   job.run_count = static_cast<int32_t>(step.runs.size());
   job.weight = step.weights->weight->data() + panel.weight_offset;
   job.bias = step.weights->bias->data() + panel.first_lane;
   job.lower = lower;
-  job.dst = target(dst, at) + (row % dst.rows_kept) * dst.row_stride + panel.first_lane;
-  job.dst_offset = step.dst_offset.data();
   // The caller's pixels lie close together; everywhere else there is room for whole vectors.
   const bool is_exact = dst.place == Map::Place::kCallerDst;
   job.lanes = is_exact ? static_cast<int32_t>(std::min<int64_t>(width, dst.channels - panel.first_lane)) : width;
-  const int64_t count = rows * (step.conv_w / scale);
+  return job;
+}
+
+void Executor::run_conv(const SpatialStep& step, const Panel& panel, const cpu::TileJob& job, int64_t count) const {
   if (step.pools_in_registers) {
     run_tiles(kernels_.pool_tile[panel.vectors], kernels_.pool_rows[panel.vectors] / 4, job, count, 4);
   } else {
     run_tiles(kernels_.tile[panel.vectors], kernels_.max_rows[panel.vectors], job, count, 1);
+  }
+}
+
+// Bands [first, last) of each image, a group of tiles at a time: transform, products, and results panel by panel.
+void Executor::run_winograd(const SpatialStep& step, const Workspace* images, int64_t image_count, const Map& dst, float lower,
+                            int64_t first, int64_t last) const {
+  const Winograd& w = step.winograd;
+  const PackedWeights& weights = *w.weights;
+  float* const scratch = images[0].scratch + w.first;
+  float* const v = scratch;
+  float* const m = scratch + w.m_offset;
+  float* const poison = scratch + w.poison_offset;
+  const int64_t per_image = (last - first) * w.tiles_x, total = image_count * per_image;
+  const int64_t scale = step.pools_in_registers ? 2 : 1;
+  const int64_t last_row = dst.h - w.side, last_column = dst.w - w.side;
+
+  struct Place {
+    int64_t image, row, column;  // of the first result
+  };
+  Place places[kMostGroupTiles];
+  const float* src[kMostGroupTiles];
+  cpu::WinogradTile tiles[kMostGroupTiles];
+
+  const int64_t groups = (total + w.group - 1) / w.group;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = total * g / groups, count = total * (g + 1) / groups - begin;
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t image = (begin + t) / per_image, index = (begin + t) % per_image;
+      const int64_t wanted_row = (first + index / w.tiles_x) * w.side, wanted_column = index % w.tiles_x * w.side;
+      const int64_t row = std::min(wanted_row, last_row), column = std::min(wanted_column, last_column);
+      const Workspace& at = images[image];
+      places[t] = {image, row, column};
+      src[t] = source(step.src, at) + (row * scale - step.conv.pad_top) * step.src.row_stride +
+               (column * scale - step.conv.pad_left) * step.src.pitch;
+      tiles[t] = {target(dst, at) + row * dst.row_stride + column * dst.pitch, static_cast<int32_t>(wanted_row - row),
+                  static_cast<int32_t>(wanted_column - column)};
+    }
+    std::fill(poison, poison + count * kernels_.lanes, 0.0f);
+
+    cpu::WinogradInputJob in = {};
+    in.src = src, in.tiles = static_cast<int32_t>(count);
+    in.src_row_stride = step.src.row_stride, in.src_pitch = step.src.pitch;
+    in.channels = static_cast<int32_t>(step.src.channels);
+    in.dst = v, in.dst_point_stride = w.v_point_stride, in.dst_tile_stride = w.v_tile_stride;
+    (w.has_few_channels ? kernels_.winograd_small_input : kernels_.winograd_input)(in);
+
+    cpu::WinogradOutputJob out = {};
+    out.lower = lower;
+    out.tile = tiles, out.tiles = static_cast<int32_t>(count);
+    out.dst_row_stride = dst.row_stride, out.dst_pitch = dst.pitch;
+    out.poison = poison;
+    // As in conv_job.
+    const int64_t room = dst.place == Map::Place::kCallerDst ? dst.channels : weights.bias->size();
+    if (w.has_few_channels) {
+      out.src = v, out.src_tile_stride = w.v_tile_stride;
+      out.weight = weights.weight->data(), out.bias = weights.bias->data();
+      out.lanes = static_cast<int32_t>(room);
+      kernels_.winograd_small_output[step.pools_in_registers][step.src.channels](out);
+    } else {
+      for (const Panel& panel : weights.panels) {
+        const int64_t width = panel.vectors * kernels_.lanes;
+        const int64_t m_stride = count * width + 16;
+        for (int64_t point = 0; point < cpu::kWinogradPoints; ++point) {
+          const float* const u = weights.weight->data() + panel.weight_offset + point * step.src.channels * width;
+          run_products(kernels_, panel.vectors,
+                       {v + point * w.v_point_stride, w.v_tile_stride, u, in.channels, w.chain, m + point * m_stride}, count);
+        }
+        out.src = m, out.src_point_stride = m_stride, out.src_tile_stride = width;
+        out.bias = weights.bias->data() + panel.first_lane;
+        out.first_lane = panel.first_lane;
+        out.lanes = static_cast<int32_t>(std::min(width, room - panel.first_lane));
+        kernels_.winograd_output[w.out == 2][step.pools_in_registers](out);
+      }
+    }
+
+    for (int64_t t = 0; t < count; ++t) {
+      float sum = 0;
+      for (int lane = 0; lane < kernels_.lanes; ++lane) sum += poison[t * kernels_.lanes + lane];
+      if (std::isnan(sum)) run_tile_directly(step, images[places[t].image], dst, lower, places[t].row, places[t].column, tiles[t]);
+    }
+  }
+}
+
+// A tile with sums that are not finite: the transforms spread NaN and infinity over pixels that eager's sums do not reach.
+void Executor::run_tile_directly(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t row,
+                                 int64_t column, const cpu::WinogradTile& tile) const {
+  const Winograd& w = step.winograd;
+  const int64_t scale = step.pools_in_registers ? 2 : 1, entries = scale * scale;
+  int32_t src_offset[cpu::kWinogradPoints], dst_offset[cpu::kWinogradPoints];
+  int64_t count = 0;
+  for (int64_t y = tile.skip_rows; y < w.side; ++y)
+    for (int64_t x = tile.skip_columns; x < w.side; ++x, ++count) {
+      const int64_t pixel = y * w.side + x;
+      dst_offset[count] = w.dst_offset[static_cast<size_t>(pixel)];
+      std::copy_n(&w.src_offset[static_cast<size_t>(pixel * entries)], entries, &src_offset[count * entries]);
+    }
+  for (const Panel& panel : step.weights->panels) {
+    cpu::TileJob job = conv_job(step, at, dst, lower, panel, row * scale, column * scale);
+    job.src_offset = src_offset, job.dst_offset = dst_offset;
+    job.dst = tile.dst + panel.first_lane;
+    run_conv(step, panel, job, count);
   }
 }
 

@@ -15,7 +15,7 @@ struct Workspace {
   const float* src = nullptr;  // the image in the caller's memory
   float* dst = nullptr;        // its result in the caller's memory, if the spatial steps end there
   float* features = nullptr;   // its row of features otherwise
-  float* ring = nullptr;       // the thread's own
+  float* scratch = nullptr;    // the thread's own
 };
 
 class Executor {
@@ -36,6 +36,13 @@ class Executor {
   void conv_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first, int64_t last) const;
   void conv_panel(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel, int64_t row,
                   int64_t rows) const;
+  cpu::TileJob conv_job(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel, int64_t y,
+                        int64_t x) const;
+  void run_conv(const SpatialStep& step, const Panel& panel, const cpu::TileJob& job, int64_t count) const;
+  void run_winograd(const SpatialStep& step, const Workspace* images, int64_t image_count, const Map& dst, float lower,
+                    int64_t first, int64_t last) const;
+  void run_tile_directly(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t row, int64_t column,
+                         const cpu::WinogradTile& tile) const;
   void pool_rows(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const;
   void run_image(const Workspace& at) const;
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 namespace fastseq {
-namespace {
 
 std::shared_ptr<PackedWeights> make_panels(const StepSpec& spec, const std::vector<int>& panels, int lanes, int64_t depth) {
   auto packed = std::make_shared<PackedWeights>();
@@ -19,8 +18,6 @@ std::shared_ptr<PackedWeights> make_panels(const StepSpec& spec, const std::vect
   if (spec.bias) std::copy(spec.bias, spec.bias + spec.out, packed->bias->data());
   return packed;
 }
-
-}  // namespace
 
 std::vector<int> split_vectors(int vectors, int preferred, const int* max_rows) {
   std::vector<int> panels;

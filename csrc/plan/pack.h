@@ -30,13 +30,16 @@ using PackedPtr = std::shared_ptr<const PackedWeights>;
 // How `vectors` vectors of output channels are cut into panels: `preferred` wide, the rest as evenly as `max_rows` allows.
 std::vector<int> split_vectors(int vectors, int preferred, const int* max_rows);
 
+// Zero weights of `depth` rows per panel, and the bias.
+std::shared_ptr<PackedWeights> make_panels(const StepSpec& spec, const std::vector<int>& panels, int lanes, int64_t depth);
+
 PackedPtr pack_conv2d(const StepSpec& spec, const std::vector<int>& panels, int lanes);
 
 // With spatial > 1 the features of the source are ordered pixel by pixel (NHWC) while the weight's are channel by channel.
 PackedPtr pack_linear(const StepSpec& spec, const std::vector<int>& panels, int64_t spatial, const cpu::KernelSet& kernels);
 
 // Packed weights of one native run, shared by its plans. Key: step, panel width, and the spatial extent behind a Linear's features
-// or, for a convolution, whether it does not pool in registers.
+// or, for a convolution, which kernels read them.
 using PackCache = std::map<std::tuple<size_t, int, int64_t>, PackedPtr>;
 
 }  // namespace fastseq

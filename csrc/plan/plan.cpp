@@ -21,6 +21,8 @@ constexpr int64_t kLongestSum = 128, kShortestPartialSum = 64;
 constexpr int64_t kSlack = 16;
 // Images that a thread takes through convolutions and Linear together: two tiles of rows.
 constexpr int64_t kGroupImages = 12;
+// What the pack cache tells apart.
+constexpr int64_t kPackedPooled = 0, kPackedDirect = 1, kPackedWinograd = 2;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -78,7 +80,8 @@ class PlanBuilder {
     place_spatial(steps, first_linear);
     build_linear(steps, first_linear);
     lay_out_arena();
-    for (const SpatialStep& step : plan_.spatial_) plan_.flops_ += step.flops, count_weights(step.weights);
+    for (const SpatialStep& step : plan_.spatial_)
+      plan_.flops_ += step.flops, count_weights(step.winograd ? step.winograd.weights : step.weights);
     for (const LinearStep& step : plan_.linear_) plan_.flops_ += step.flops, count_weights(step.weights);
   }
 
@@ -117,6 +120,29 @@ class PlanBuilder {
     }
   }
 
+  // What of a convolution is computed, and whether its pool happens in the tile's registers.
+  ConvShape conv_shape(const StepSpec& spec, size_t index) const {
+    const Size full = conv_sizes_[index], dst = sizes_[index + 1];
+    ConvShape shape{spec.in, spec.out, full.h, full.w, spec.conv, false};
+    if (spec.has_pool) {
+      const Window& w = spec.pool;
+      shape.h = std::min(full.h, (dst.h - 1) * w.stride_h - w.pad_top + w.k_h);
+      shape.w = std::min(full.w, (dst.w - 1) * w.stride_w - w.pad_left + w.k_w);
+      shape.pools_in_registers = w.k_h == 2 && w.k_w == 2 && w.stride_h == 2 && w.stride_w == 2 && !w.pad_top && !w.pad_left &&
+                                 2 * dst.h <= full.h && 2 * dst.w <= full.w && !has_infinity(spec.bias, spec.out);
+    }
+    return shape;
+  }
+
+  bool uses_winograd(const StepSpec& spec, size_t index) const {
+    if (spec.op != Op::kConv2d || !options_.allows_winograd) return false;
+    const ConvShape shape = conv_shape(spec, index);
+    const bool asks_for_direct = forced_row(shape.pools_in_registers ? "conv2d_maxpool2d" : "conv2d") != nullptr;
+    const bool asks_for_winograd = forced_row("conv2d_winograd") != nullptr;
+    if (asks_for_direct != asks_for_winograd) return asks_for_winograd && can_use_winograd(shape, spec);
+    return is_winograd_faster(shape, set_) && can_use_winograd(shape, spec);
+  }
+
   // An arena map for `size`, with room for the zero border that the step which reads it wants.
   Map arena_map(Size size, const StepSpec* reader, bool packs_pixels) const {
     Map map;
@@ -142,13 +168,16 @@ class PlanBuilder {
   void place_spatial(const std::vector<StepSpec>& steps, size_t count) {
     if (count == 0) return;
     const InputSpec& input = plan_.input_;
+    for (size_t i = 0; i < count; ++i) uses_winograd_.push_back(uses_winograd(steps[i], i));
     const Window& first = steps[0].conv;
     const bool needs_border =
         steps[0].op == Op::kConv2d && (first.pad_top || first.pad_bottom || first.pad_left || first.pad_right);
+    // Transforms read whole vectors of channels, beyond the last pixel if need be.
+    const bool overreads = uses_winograd_[0] && input.channels % set_.lanes != 0;
     const bool is_dense_nhwc = input.is_nhwc || input.channels == 1;
 
     Map current;
-    if (is_dense_nhwc && !needs_border) {
+    if (is_dense_nhwc && !needs_border && !overreads) {
       current.place = Map::Place::kCallerSrc;
       current.channels = input.channels, current.h = input.h, current.w = input.w;
       current.pitch = input.channels;
@@ -211,15 +240,9 @@ class PlanBuilder {
       step.kernel = std::string("maxpool2d_f32__") + set_.isa + "_1x" + std::to_string(set_.lanes);
       return step;
     }
-    const Size full = conv_sizes_[index];
-    step.conv_h = full.h, step.conv_w = full.w;
-    if (step.has_pool) {
-      const Window& w = spec.pool;
-      step.conv_h = std::min(full.h, (dst.h - 1) * w.stride_h - w.pad_top + w.k_h);
-      step.conv_w = std::min(full.w, (dst.w - 1) * w.stride_w - w.pad_left + w.k_w);
-      step.pools_in_registers = w.k_h == 2 && w.k_w == 2 && w.stride_h == 2 && w.stride_w == 2 && !w.pad_top && !w.pad_left &&
-                                2 * dst.h <= full.h && 2 * dst.w <= full.w && !has_infinity(spec.bias, spec.out);
-    }
+    const ConvShape shape = conv_shape(spec, index);
+    step.conv_h = shape.h, step.conv_w = shape.w;
+    step.pools_in_registers = shape.pools_in_registers;
     step.flops = 2.0 * step.conv_h * step.conv_w * spec.out * spec.in * spec.conv.k_h * spec.conv.k_w;
 
     const int* max_rows = step.pools_in_registers ? set_.pool_rows : set_.max_rows;
@@ -227,7 +250,7 @@ class PlanBuilder {
     const Choice choice =
         choose(op, max_rows, step.pools_in_registers ? set_.preferred_pool_vectors : set_.preferred_vectors, spec.out);
     step.kernel = choice.kernel;
-    PackedPtr& packed = cache_[{index, choice.vectors, step.pools_in_registers ? 0 : 1}];
+    PackedPtr& packed = cache_[{index, choice.vectors, step.pools_in_registers ? kPackedPooled : kPackedDirect}];
     if (!packed) packed = pack_conv2d(spec, choice.panels, set_.lanes);
     step.weights = packed;
     step.panels_outermost = packed->bytes() > kCachedWeightBytes;
@@ -237,14 +260,28 @@ class PlanBuilder {
       for (int64_t x = 0; x < spec.conv.k_w; ++x) taps.push_back(y * src.row_stride + x * src.pitch);
     step.runs = make_runs(taps, spec.in);
 
+    if (uses_winograd_[index]) make_winograd(step, spec, index, shape);
     if (step.has_pool && !step.pools_in_registers) place_ring(step, spec);
+    step.winograd.first = step.ring.size ? round_up(step.ring.size + kSlack, 16) : 0;
+    plan_.thread_floats_ = std::max(plan_.thread_floats_, step.winograd.first + step.winograd.scratch_floats);
     make_tables(step);
     return step;
   }
 
+  void make_winograd(SpatialStep& step, const StepSpec& spec, size_t index, const ConvShape& shape) {
+    const Choice choice = choose("conv2d_winograd", set_.product_rows, set_.preferred_vectors, spec.out);
+    step.winograd = plan_winograd(shape, choice.vectors, set_);
+    const bool is_small = step.winograd.has_few_channels;
+    PackedPtr& packed = cache_[{index, choice.vectors, kPackedWinograd}];
+    if (!packed) packed = pack_winograd(spec, choice.panels, set_.lanes, is_small);
+    step.winograd.weights = packed;
+    step.kernel =
+        is_small ? std::string("conv2d_winograd_few_f32__") + set_.isa + "_1x" + std::to_string(set_.lanes) : choice.kernel;
+  }
+
   // The rows of the convolution that wait for their pool. With weights that exceed the cache, all rows are made first.
   void place_ring(SpatialStep& step, const StepSpec& spec) {
-    step.group_rows = step.panels_outermost ? step.dst.h : 1;
+    step.group_rows = step.panels_outermost || step.winograd ? step.dst.h : 1;
     Map& ring = step.ring;
     ring.channels = spec.out, ring.h = step.conv_h, ring.w = step.conv_w;
     ring.pitch = round_up(spec.out, set_.lanes);
@@ -254,7 +291,19 @@ class PlanBuilder {
     ring.rows_kept = std::min(step.conv_h, wanted);
     ring.size = ring.rows_kept * ring.row_stride;
     ring.place = Map::Place::kRing;
-    plan_.ring_floats_ = std::max(plan_.ring_floats_, round_up(ring.size + kSlack, 16));
+  }
+
+  // Offsets of the pixels of one tile of Winograd's, in the order of make_tables.
+  void make_winograd_tables(SpatialStep& step, const Map& out, int64_t scale) const {
+    Winograd& w = step.winograd;
+    step.unit_rows = step.ring.pitch ? 1 : w.side;
+    for (int64_t y = 0; y < w.side; ++y)
+      for (int64_t x = 0; x < w.side; ++x) {
+        w.dst_offset.push_back(to_offset(y * out.row_stride + x * out.pitch));
+        for (int64_t i = 0; i < scale; ++i)
+          for (int64_t j = 0; j < scale; ++j)
+            w.src_offset.push_back(to_offset((y * scale + i) * step.src.row_stride + (x * scale + j) * step.src.pitch));
+      }
   }
 
   // Offsets of the pixels of one block of output rows: row by row, or window by window for a pool in registers.
@@ -263,6 +312,7 @@ class PlanBuilder {
     const int64_t scale = step.pools_in_registers ? 2 : 1;
     const int64_t w_out = step.conv_w / scale, h_out = step.conv_h / scale;
     step.block_rows = step.ring.pitch ? 1 : std::max<int64_t>(1, std::min(h_out, kBlockPixels / (w_out * scale * scale)));
+    if (step.winograd) make_winograd_tables(step, out, scale);
     const int64_t step_h = step.conv.stride_h * step.src.row_stride, step_w = step.conv.stride_w * step.src.pitch;
     for (int64_t y = 0; y < step.block_rows; ++y)
       for (int64_t x = 0; x < w_out; ++x) {
@@ -335,16 +385,19 @@ class PlanBuilder {
     std::string kernel;
   };
 
+  // The first kernel of this operation that FASTSEQ_KERNEL may mean.
+  const cpu::KernelRow* forced_row(const std::string& op) const {
+    if (options_.forced_kernel.empty()) return nullptr;
+    static const std::vector<cpu::KernelRow> rows = cpu::kernel_rows();
+    for (const cpu::KernelRow& row : rows)
+      if (row.op == op && row.isa == set_.isa && row.name.find(options_.forced_kernel) != std::string::npos) return &row;
+    return nullptr;
+  }
+
   // The instruction set's preferred tile, or the one that FASTSEQ_KERNEL asks for if it is of this operation.
   Choice choose(const std::string& op, const int* max_rows, int preferred, int64_t out) const {
     Choice choice{preferred, {}, ""};
-    if (!options_.forced_kernel.empty()) {
-      for (const cpu::KernelRow& row : cpu::kernel_rows()) {
-        if (row.op != op || row.isa != set_.isa || row.name.find(options_.forced_kernel) == std::string::npos) continue;
-        choice.vectors = row.vectors;
-        break;
-      }
-    }
+    if (const cpu::KernelRow* const forced = forced_row(op)) choice.vectors = forced->vectors;
     const int vectors = static_cast<int>((out + set_.lanes - 1) / set_.lanes);
     choice.panels = split_vectors(vectors, choice.vectors, max_rows);
     choice.vectors = *std::max_element(choice.panels.begin(), choice.panels.end());
@@ -357,6 +410,7 @@ class PlanBuilder {
   const PlanOptions& options_;
   const cpu::KernelSet& set_;
   PackCache& cache_;
+  std::vector<bool> uses_winograd_;
   std::vector<Size> sizes_;       // before each spatial step and after the last
   std::vector<Size> conv_sizes_;  // between a convolution and its pool
 };
@@ -368,11 +422,19 @@ std::shared_ptr<const Plan> Plan::build(const InputSpec& input, const std::vecto
   return plan;
 }
 
+namespace {
+
+int64_t packed_bytes(const SpatialStep& step) {
+  return (step.weights ? step.weights->bytes() : 0) + (step.winograd ? step.winograd.weights->bytes() : 0);
+}
+
+}  // namespace
+
 std::vector<StepInfo> Plan::describe() const {
   std::vector<StepInfo> infos;
   for (const SpatialStep& step : spatial_)
-    infos.push_back({step.name, step.kernel, shape_text({step.dst.channels, step.dst.h, step.dst.w}), step.flops,
-                     step.weights ? step.weights->bytes() : 0, ""});
+    infos.push_back(
+        {step.name, step.kernel, shape_text({step.dst.channels, step.dst.h, step.dst.w}), step.flops, packed_bytes(step), ""});
   for (const LinearStep& step : linear_)
     infos.push_back({step.name, step.kernel, shape_text({step.n}), step.flops, step.weights->bytes(), ""});
   return infos;

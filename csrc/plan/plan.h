@@ -11,6 +11,7 @@
 #include "plan/memory.h"
 #include "plan/pack.h"
 #include "plan/spec.h"
+#include "plan/winograd.h"
 
 namespace fastseq {
 
@@ -18,6 +19,7 @@ struct PlanOptions {
   const cpu::KernelSet* kernels = nullptr;
   std::string forced_kernel;    // part of a kernel's name, "" for none
   bool output_is_nhwc = false;  // a spatial result in channels_last order
+  bool allows_winograd = true;
 };
 
 // Where an activation map lives: NHWC with the next convolution's zero border around it, or the caller's own memory.
@@ -49,6 +51,8 @@ struct SpatialStep {
   std::vector<int32_t> src_offset, dst_offset;  // of one block of rows
   int64_t block_rows = 1;
   bool panels_outermost = false;  // weights that do not fit the cache are read once per call, not once per block
+  Winograd winograd;              // where set, the tables above serve the tiles that it cannot do
+  int64_t unit_rows = 1;          // rows of dst that are made together
   // pooling outside the registers
   Window pool;
   int64_t group_rows = 1;  // pooled rows made at a time
@@ -77,7 +81,7 @@ class Plan {
   const OutputSpec& output() const { return output_; }
   std::vector<StepInfo> describe() const;
   // Per thread, or per image where rows are shared out.
-  int64_t scratch_bytes() const { return (arena_floats_ + ring_floats_) * static_cast<int64_t>(sizeof(float)); }
+  int64_t scratch_bytes() const { return (arena_floats_ + thread_floats_) * static_cast<int64_t>(sizeof(float)); }
 
  private:
   friend class PlanBuilder;
@@ -99,8 +103,8 @@ class Plan {
   int64_t group_images_ = 1;  // images a thread takes through both
   bool splits_at_linear_ = false;  // all images through the spatial steps first: the Linear weights should be read once
 
-  int64_t arena_floats_ = 0;  // of an image's maps: their zero borders are written once, so an arena is never anything else
-  int64_t ring_floats_ = 0;   // of a thread's ring of rows, used by one step at a time
+  int64_t arena_floats_ = 0;   // of an image's maps: their zero borders are written once, so an arena is never anything else
+  int64_t thread_floats_ = 0;  // of a thread's ring of rows and Winograd's buffers, used by one step at a time
   int64_t features_offset_ = 0, rows_offset_[2] = {0, 0};
   int64_t rows_stride_ = 0;  // elements of a hidden Linear row
 

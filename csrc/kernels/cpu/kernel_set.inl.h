@@ -6,6 +6,7 @@
 #include "kernels/cpu/gemm_tile.inl.h"
 #include "kernels/cpu/layout.inl.h"
 #include "kernels/cpu/pool.inl.h"
+#include "kernels/cpu/winograd.inl.h"
 
 template <int kVec, int kRowsT>
 static constexpr void add_tiles(KernelSet& set) {
@@ -27,6 +28,19 @@ static constexpr void add_row_tiles(KernelSet& set) {
   if constexpr (kPanelsT > 1) add_row_tiles<kRowsT, kPanelsT - 1>(set);
 }
 
+template <int kVec, int kRowsT>
+static constexpr void add_products(KernelSet& set) {
+  set.product[kVec][kRowsT] = product_loop<kRowsT, kVec>;
+  if constexpr (kRowsT > 1) add_products<kVec, kRowsT - 1>(set);
+}
+
+template <int kChannels>
+static constexpr void add_small_winograd(KernelSet& set) {
+  set.winograd_small_output[0][kChannels] = winograd_small_output<4, false, kChannels>;
+  set.winograd_small_output[1][kChannels] = winograd_small_output<4, true, kChannels>;
+  if constexpr (kChannels > 1) add_small_winograd<kChannels - 1>(set);
+}
+
 static constexpr KernelSet make_kernel_set() {
   KernelSet set = {};
   set.isa = kIsa;
@@ -41,6 +55,14 @@ static constexpr KernelSet make_kernel_set() {
   add_pool_tiles<3, kWindows3>(set), add_pool_tiles<4, kWindows4>(set);
   set.row_panels[1] = kRowPanels1, set.row_panels[2] = kRowPanels2, set.row_panels[3] = kRowPanels3;
   add_row_tiles<1, kRowPanels1>(set), add_row_tiles<2, kRowPanels2>(set), add_row_tiles<3, kRowPanels3>(set);
+  set.product_rows[1] = kProductRows1, set.product_rows[2] = kProductRows2;
+  set.product_rows[3] = kProductRows3, set.product_rows[4] = kProductRows4;
+  add_products<1, kProductRows1>(set), add_products<2, kProductRows2>(set);
+  add_products<3, kProductRows3>(set), add_products<4, kProductRows4>(set);
+  set.winograd_input = winograd_input, set.winograd_small_input = winograd_small_input;
+  set.winograd_output[0][0] = winograd_output<4, false>, set.winograd_output[0][1] = winograd_output<4, true>;
+  set.winograd_output[1][0] = winograd_output<2, false>, set.winograd_output[1][1] = winograd_output<2, true>;
+  add_small_winograd<kMostSmallChannels>(set);
   set.pool_row = pool_row;
   set.transpose = transpose;
   set.fingerprint = fingerprint;

@@ -40,6 +40,53 @@ struct TileJob {
 };
 using TileLoop = void (*)(const TileJob& job, int64_t tiles);
 
+// Winograd, see winograd.inl.h: 6x6 patches of the input, 36 points.
+constexpr int kWinogradPoints = 36;
+constexpr int kWinogradPatch = 6;
+constexpr int kMostSmallChannels = 4;  // of the variant without intermediate buffer
+
+struct WinogradInputJob {
+  const float* const* src;  // one patch per tile: its top left pixel
+  int64_t src_row_stride, src_pitch;
+  int32_t channels;  // read in whole vectors
+  int32_t tiles;
+  float* dst;  // [point][tile][channel] at these strides; with few channels [tile][point][4]
+  int64_t dst_point_stride, dst_tile_stride;
+};
+using WinogradInput = void (*)(const WinogradInputJob& job);
+
+// dst[row][lane] = sum_k src[row][k] * weight[k][lane], nothing added and nothing clamped.
+struct ProductJob {
+  const float* src;
+  int64_t src_stride;   // from a row to the next
+  const float* weight;  // [k][vectors * lanes], 64-byte aligned
+  int32_t depth;        // at least 1
+  int32_t chain;        // of this many terms are partial sums
+  float* dst;           // rows of vectors * lanes, dense
+};
+using ProductLoop = void (*)(const ProductJob& job, int64_t blocks);
+
+struct WinogradTile {
+  float* dst;  // its first pixel, whether that is stored or not
+  // Rows and columns of the result that an earlier tile has: the last tile of a row or column is moved back inside the image.
+  int32_t skip_rows, skip_columns;
+};
+
+struct WinogradOutputJob {
+  const float* src;  // [point][tile][lane] at these strides; with few channels the patches [tile][point][4]
+  int64_t src_point_stride, src_tile_stride;
+  const float* weight;  // with few channels: [vector][point][channel][lane]
+  const float* bias;
+  float lower;
+  const WinogradTile* tile;
+  int32_t tiles;
+  int32_t first_lane;  // of the panel
+  int32_t lanes;       // stored: all of a panel but for the last one in the caller's memory
+  int64_t dst_row_stride, dst_pitch;
+  float* poison;  // a vector per tile, to which NaN is added where a sum is not finite
+};
+using WinogradOutput = void (*)(const WinogradOutputJob& job);
+
 // One output row of a max-pool over NHWC rows: dst[x][c] = max(lower, max over the window, NaN kept as eager keeps it).
 struct PoolRowJob {
   const float* src;  // the first of the window's rows inside the image, at x = 0
@@ -80,6 +127,11 @@ struct KernelSet {
   TileLoop pool_tile[kMaxVectors + 1][kMaxRows / 4 + 1];  // by windows in the tile
   TileLoop row_tile[4][kMaxPanels + 1];                   // 1..3 rows, several panels of preferred_vectors at once
   int row_panels[4];                                      // how many panels that is
+  int product_rows[kMaxVectors + 1];                      // as max_rows
+  ProductLoop product[kMaxVectors + 1][kMaxRows + 1];
+  WinogradInput winograd_input, winograd_small_input;
+  WinogradOutput winograd_output[2][2];                             // by 3x3 or 5x5, by whether it pools
+  WinogradOutput winograd_small_output[2][kMostSmallChannels + 1];  // 3x3 only, by whether it pools
   PoolRow pool_row;
   Transpose transpose;
   Fingerprint fingerprint;

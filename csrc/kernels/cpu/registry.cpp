@@ -61,6 +61,8 @@ std::vector<KernelRow> kernel_rows() {
     for (int v = 1; v <= kMaxVectors; ++v)
       if (set.pool_rows[v]) add("conv2d_maxpool2d", set.pool_rows[v], v);
     for (int v = 1; v <= kMaxVectors; ++v)
+      if (set.product_rows[v]) add("conv2d_winograd", set.product_rows[v], v);
+    for (int v = 1; v <= kMaxVectors; ++v)
       if (set.max_rows[v]) add("linear", set.max_rows[v], v);
     add("maxpool2d", 1, 1);
   }

@@ -1,0 +1,144 @@
+#include "plan/winograd.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace fastseq {
+namespace {
+
+constexpr int kPatch = cpu::kWinogradPatch, kPoints = cpu::kWinogradPoints;
+
+// Costs in fused multiply-adds of one vector, measured on Zen 4 with AVX-512 (the ratios hold for AVX2): a patch and vector of
+// input channels, a tile and vector of output channels, and the share of the peak that the products and the direct tiles reach.
+constexpr double kInputCost = 220, kOutputCost = 190, kSmallInputCost = 90, kProductShare = 0.96, kDirectShare = 0.93;
+// Weights that are used for few tiles arrive at this many floats per multiply-add, from L3.
+constexpr double kStreamFloats = 6;
+// Groups: small where the transformed weights stay in L2, larger where each group streams them again.
+constexpr int64_t kSmallGroup = 14, kLargeGroup = 28, kLargeWeightFloats = int64_t{640} << 10;
+// The error of a longer chain of additions would outgrow the transforms'.
+constexpr int64_t kLongestChain = 32;
+// A stride of a multiple of 4 KiB would put all points of a tile in the same few cache sets.
+constexpr int64_t kStridePad = 16;
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+int64_t results_per_side(const Window& window) { return kPatch + 1 - window.k_h; }
+
+bool has_few_channels(const ConvShape& shape) {
+  return shape.c_in <= cpu::kMostSmallChannels && results_per_side(shape.window) == 4;
+}
+
+// Powers of the points, divided by what Lagrange interpolation divides them by: the rows of G.
+void weight_rows(int taps, double (&g)[kPatch][5]) {
+  const double half = 1 / std::sqrt(2.0), root = std::sqrt(2.0);
+  const double points[5] = {0, half, -half, root, -root}, divisors[5] = {1, -1.5, -1.5, 6, 6};
+  for (int p = 0; p < 5; ++p) {
+    double power = 1;
+    for (int t = 0; t < taps; ++t, power *= points[p]) g[p][t] = power / divisors[p];
+  }
+  for (int t = 0; t < taps; ++t) g[5][t] = t == taps - 1;
+}
+
+}  // namespace
+
+bool can_use_winograd(const ConvShape& shape, const StepSpec& spec) {
+  const Window& w = shape.window;
+  if (w.k_h != w.k_w || (w.k_h != 3 && w.k_h != 5) || w.stride_h != 1 || w.stride_w != 1) return false;
+  const int64_t out = results_per_side(w);
+  if (shape.h < out || shape.w < out) return false;  // no whole tile fits
+  // A weight that is not finite would make every tile a case for the direct kernels.
+  const float* const end = spec.weight + shape.c_out * shape.c_in * w.k_h * w.k_w;
+  float poison = 0;
+  for (const float* p = spec.weight; p < end; ++p) poison += *p * 0.0f;
+  return poison == 0;
+}
+
+bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set) {
+  const double out = static_cast<double>(results_per_side(shape.window));
+  const double in_vectors = static_cast<double>(ceil_div(shape.c_in, set.lanes));
+  const double out_vectors = static_cast<double>(ceil_div(shape.c_out, set.lanes));
+  const double c_in = static_cast<double>(shape.c_in);
+  const double taps = static_cast<double>(shape.window.k_h * shape.window.k_w);
+  const double pixels = static_cast<double>(shape.h * shape.w);
+  const double tiles = std::ceil(static_cast<double>(shape.h) / out) * std::ceil(static_cast<double>(shape.w) / out);
+
+  const double direct = pixels * out_vectors * c_in * taps / kDirectShare;
+  double transforms, products = tiles * kPoints * c_in * out_vectors / kProductShare;
+  if (has_few_channels(shape)) {
+    transforms = tiles * (kSmallInputCost + out_vectors * kOutputCost);
+  } else {
+    transforms = tiles * (in_vectors * kInputCost + out_vectors * kOutputCost);
+    const double stream = kPoints * c_in * out_vectors * static_cast<double>(set.lanes) / kStreamFloats;
+    products = std::max(products, stream);
+  }
+  return products + transforms < direct;
+}
+
+Winograd plan_winograd(const ConvShape& shape, int panel_vectors, const cpu::KernelSet& set) {
+  Winograd plan;
+  plan.out = results_per_side(shape.window);
+  plan.side = shape.pools_in_registers ? plan.out / 2 : plan.out;
+  plan.has_few_channels = has_few_channels(shape);
+  plan.bands = ceil_div(shape.h, plan.out), plan.tiles_x = ceil_div(shape.w, plan.out);
+
+  plan.chain = static_cast<int32_t>(ceil_div(shape.c_in, ceil_div(shape.c_in, kLongestChain)));
+
+  const int64_t floats = kPoints * shape.c_in * shape.c_out;
+  const int64_t wanted = floats > kLargeWeightFloats ? kLargeGroup : kSmallGroup;
+  const int64_t tiles = plan.bands * plan.tiles_x;
+  plan.group = std::min(kMostGroupTiles, ceil_div(tiles, ceil_div(tiles, wanted)));
+  // Few tiles in an image: groups span images.
+  if (tiles < wanted) plan.group = wanted;
+
+  const int64_t width = panel_vectors * set.lanes;
+  int64_t v_floats;
+  if (plan.has_few_channels) {
+    plan.v_tile_stride = kPoints * cpu::kMostSmallChannels;
+    v_floats = plan.group * plan.v_tile_stride;
+    plan.m_offset = v_floats;
+    plan.poison_offset = v_floats;
+  } else {
+    plan.v_tile_stride = round_up(shape.c_in, set.lanes);
+    plan.v_point_stride = plan.group * plan.v_tile_stride;
+    if (plan.v_point_stride % 64 == 0) plan.v_point_stride += kStridePad;
+    v_floats = kPoints * plan.v_point_stride;
+    plan.m_offset = v_floats;
+    plan.poison_offset = plan.m_offset + kPoints * (plan.group * width + kStridePad);
+  }
+  plan.scratch_floats = plan.poison_offset + plan.group * set.lanes;
+  return plan;
+}
+
+PackedPtr pack_winograd(const StepSpec& spec, const std::vector<int>& panels, int lanes, bool has_few_channels) {
+  const int taps = static_cast<int>(spec.conv.k_h);
+  const int64_t c_in = spec.in;
+  double g[kPatch][5];
+  weight_rows(taps, g);
+  auto packed = make_panels(spec, panels, lanes, kPoints * c_in);
+  for (const Panel& panel : packed->panels) {
+    const int64_t width = panel.vectors * lanes;
+    float* const dst = packed->weight->data() + panel.weight_offset;
+    for (int64_t lane = 0; lane < width && panel.first_lane + lane < spec.out; ++lane) {
+      const float* src = spec.weight + (panel.first_lane + lane) * c_in * taps * taps;
+      const int64_t vector = lane / lanes;
+      float* const to = has_few_channels ? dst + vector * kPoints * c_in * lanes + lane % lanes : dst + lane;
+      const int64_t row = has_few_channels ? lanes : width;
+      for (int64_t c = 0; c < c_in; ++c, src += taps * taps) {
+        double half[kPatch][5] = {};
+        for (int i = 0; i < kPatch; ++i)
+          for (int y = 0; y < taps; ++y)
+            for (int x = 0; x < taps; ++x) half[i][x] += g[i][y] * src[y * taps + x];
+        for (int i = 0; i < kPatch; ++i)
+          for (int j = 0; j < kPatch; ++j) {
+            double sum = 0;
+            for (int x = 0; x < taps; ++x) sum += half[i][x] * g[j][x];
+            to[((i * kPatch + j) * c_in + c) * row] = static_cast<float>(sum);
+          }
+      }
+    }
+  }
+  return packed;
+}
+
+}  // namespace fastseq

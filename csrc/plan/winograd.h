@@ -1,0 +1,53 @@
+// Convolution by Winograd's minimal filtering: when it pays, how an image is cut into tiles, and the transformed weights.
+// The kernels are in kernels/cpu/winograd.inl.h.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/cpu/kernels.h"
+#include "plan/pack.h"
+#include "plan/spec.h"
+
+namespace fastseq {
+
+// The tiling of one convolution, and where its buffers lie in a thread's scratch. Offsets and strides count floats.
+struct Winograd {
+  int64_t out = 0;   // results of a tile and side: 4 for 3x3, 2 for 5x5
+  int64_t side = 0;  // the same after pooling in registers
+  bool has_few_channels = false;
+  int64_t bands = 0, tiles_x = 0;  // rows of tiles, tiles in a row
+  int64_t group = 0;               // tiles that go through all three phases together
+  int32_t chain = 0;               // terms of a partial sum over the channels
+  int64_t first = 0;               // in the thread's scratch; the offsets below count from here
+  int64_t v_point_stride = 0, v_tile_stride = 0;
+  int64_t m_offset = 0;
+  int64_t poison_offset = 0;
+  int64_t scratch_floats = 0;
+  PackedPtr weights;
+  // Pixels of a tile from its first, for the tiles that have to be computed directly; windows of four where it pools.
+  std::vector<int32_t> src_offset, dst_offset;
+
+  explicit operator bool() const { return out > 0; }
+};
+
+// Tiles beyond this many in a group would only grow the buffers.
+constexpr int64_t kMostGroupTiles = 56;
+
+struct ConvShape {
+  int64_t c_in, c_out;
+  int64_t h, w;  // of the convolution, as far as it is computed
+  Window window;
+  bool pools_in_registers;
+};
+
+// Whether the transforms exist for this convolution, and whether they are estimated to be faster than the direct kernels.
+bool can_use_winograd(const ConvShape& shape, const StepSpec& spec);
+bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set);
+
+Winograd plan_winograd(const ConvShape& shape, int panel_vectors, const cpu::KernelSet& set);
+
+// Panels of [point][c_in][lane], or of [vector][point][c_in][lane] with few channels.
+PackedPtr pack_winograd(const StepSpec& spec, const std::vector<int>& panels, int lanes, bool has_few_channels);
+
+}  // namespace fastseq
