@@ -16,8 +16,13 @@ constexpr int64_t kSampleLines = 64, kLineFloats = 16;
 
 }  // namespace
 
-CpuRun::CpuRun(const std::vector<StepSource>& steps, RunShape shape, const std::string& isa_cap, std::string forced_kernel)
-    : steps_(steps), shape_(shape), kernels_(cpu::select_isa(isa_cap)), forced_kernel_(std::move(forced_kernel)) {
+CpuRun::CpuRun(const std::vector<StepSource>& steps, RunShape shape, const std::string& isa_cap, std::string forced_kernel,
+               bool allows_winograd)
+    : steps_(steps),
+      shape_(shape),
+      kernels_(cpu::select_isa(isa_cap)),
+      forced_kernel_(std::move(forced_kernel)),
+      allows_winograd_(allows_winograd) {
   if (!kernels_) throw std::invalid_argument("no kernels for ISA '" + isa_cap + "' on this machine");
 }
 
@@ -76,6 +81,7 @@ const CpuRun::Entry& CpuRun::plan_for(const Signature& signature, const Paramete
   PlanOptions options;
   options.kernels = kernels_;
   options.forced_kernel = forced_kernel_;
+  options.allows_winograd = allows_winograd_;
   options.output_is_nhwc = sized.output_is_nhwc && !shape_.flattens_output;
   Entry entry{signature, Plan::build(signature.input_spec(), sized.specs, options, packed_), options.output_is_nhwc};
   plans_.insert(plans_.begin(), std::move(entry));

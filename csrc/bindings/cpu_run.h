@@ -15,7 +15,8 @@ namespace fastseq {
 
 class CpuRun {
  public:
-  CpuRun(const std::vector<StepSource>& steps, RunShape shape, const std::string& isa_cap, std::string forced_kernel);
+  CpuRun(const std::vector<StepSource>& steps, RunShape shape, const std::string& isa_cap, std::string forced_kernel,
+         bool allows_winograd);
 
   // The result of a call whose input and parameters passed the gate. Throws Refusal. Releases the GIL while the kernels work.
   at::Tensor call(const at::Tensor& input, const InputView& view, const Parameters& parameters);
@@ -50,6 +51,7 @@ class CpuRun {
   const RunShape shape_;
   const cpu::KernelSet* kernels_;
   const std::string forced_kernel_;
+  const bool allows_winograd_;
   PackCache packed_;
   std::vector<Entry> plans_;  // most recent first
   PlanPtr last_plan_;

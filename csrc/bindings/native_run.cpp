@@ -26,7 +26,7 @@ NativeRun::NativeRun(std::vector<StepSource> steps, std::vector<std::shared_ptr<
       watches_(std::move(watches)),
       shape_(shape),
       parameters_(steps_, watches_),
-      cpu_(steps_, shape_, options.isa_cap, options.forced_kernel),
+      cpu_(steps_, shape_, options.isa_cap, options.forced_kernel, options.allows_winograd),
       cuda_(steps_, shape_, options.forced_kernel, options.checks) {}
 
 WatchResult NativeRun::check() const {

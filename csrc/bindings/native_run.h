@@ -21,10 +21,11 @@ struct Outcome {
   Reason reason = nullptr;
 };
 
-// How plans are made and run: what FASTSEQ_ISA, FASTSEQ_KERNEL and FASTSEQ_CHECK ask for.
+// How plans are made and run: what FASTSEQ_ISA, FASTSEQ_KERNEL, FASTSEQ_CHECK and optimize(winograd=...) ask for.
 struct RunOptions {
   std::string isa_cap, forced_kernel;
   bool checks = false;
+  bool allows_winograd = true;
 };
 
 class NativeRun {

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
+#include <cstring>
 #include <exception>
 #include <limits>
 #include <thread>
@@ -58,6 +58,17 @@ void run_tiles(const cpu::TileLoop* loops, int most, cpu::TileJob job, int64_t c
     job.dst_offset += larger * (size + 1);
   }
   loops[size](job, tiles - larger);
+}
+
+// By their bits, which the compiler can take several at a time.
+bool has_nan(const float* values, int64_t count) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    found |= (bits & 0x7fffffffu) > 0x7f800000u;
+  }
+  return found != 0;
 }
 
 // `rows` rows through products of nearly equal height.
@@ -182,7 +193,7 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
   Lease arenas(plan_.arenas_), scratch(plan_.scratch_);
   std::vector<Workspace> at(static_cast<size_t>(threads));
   for (Workspace& w : at) {
-    w.arena = arenas.add(plan_.arena_floats_);
+    w.arena = arenas.add(plan_.arena_floats_ + std::min(batch, plan_.group_images_) * plan_.image_floats_);
     if (plan_.thread_floats_) w.scratch = scratch.add(plan_.thread_floats_);
   }
   float* const all_features = splits ? scratch.add(batch * plan_.features_) : nullptr;
@@ -206,11 +217,14 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
         continue;
       }
       float* const group = splits ? all_features + first * plan_.features_ : own.arena + plan_.features_offset_;
+      Workspace images[kMostGroupImages];
       for (int64_t i = first; i < last; ++i) {
         own.src = src + i * plan_.src_image_, own.dst = dst + i * plan_.dst_image_;
         own.features = group + (i - first) * plan_.features_;
-        run_image(own);
+        own.own = own.arena + plan_.arena_floats_ + (i - first) * plan_.image_floats_;
+        images[i - first] = own;
       }
+      run_images(images, last - first);
       if (has_linear && !splits) run_chain(own.arena, group, dst + first * plan_.dst_image_, last - first);
     }
     if (!splits) return;
@@ -235,7 +249,8 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
   std::vector<Workspace> at(static_cast<size_t>(has_spatial ? batch : 0));
   for (size_t i = 0; i < at.size(); ++i) {
     const int64_t image = static_cast<int64_t>(i);
-    at[i].arena = arenas.add(plan_.arena_floats_);
+    at[i].arena = arenas.add(plan_.arena_floats_ + plan_.image_floats_);
+    at[i].own = at[i].arena + plan_.arena_floats_;
     at[i].src = src + image * plan_.src_image_, at[i].dst = dst + image * plan_.dst_image_;
     if (all_features) at[i].features = all_features + image * plan_.features_;
   }
@@ -285,13 +300,27 @@ float* Executor::target(const Map& map, const Workspace& at) const {
   if (map.place == Map::Place::kCallerDst) return at.dst;
   if (map.place == Map::Place::kFeatures) return at.features;
   if (map.place == Map::Place::kRing) return at.scratch;
-  return at.arena + map.offset + map.origin;
+  return (map.is_per_image ? at.own : at.arena) + map.offset + map.origin;
 }
 
-void Executor::run_image(const Workspace& at) const {
-  if (plan_.copies_input_) copy_input(at, 0, plan_.entry_.h);
-  for (const SpatialStep& step : plan_.spatial_) run_step(step, at, 0, step.dst.h);
-  if (plan_.transposes_output_) copy_output(at, 0, plan_.exit_.h);
+void Executor::run_images(const Workspace* images, int64_t count) const {
+  const size_t steps = plan_.spatial_.size();
+  for (int64_t i = 0; i < count; ++i) {
+    if (plan_.copies_input_) copy_input(images[i], 0, plan_.entry_.h);
+    for (size_t s = 0; s < plan_.first_wide_; ++s) run_step(plan_.spatial_[s], images[i], 0, plan_.spatial_[s].dst.h);
+    if (plan_.first_wide_ == steps && plan_.transposes_output_) copy_output(images[i], 0, plan_.exit_.h);
+  }
+  if (plan_.first_wide_ == steps) return;
+  for (size_t s = plan_.first_wide_; s < steps; ++s) {
+    const SpatialStep& step = plan_.spatial_[s];
+    if (step.winograd && !step.ring.pitch) {
+      run_winograd(step, images, count, step.dst, step.lower, 0, step.winograd.bands);
+    } else {
+      for (int64_t i = 0; i < count; ++i) run_step(step, images[i], 0, step.dst.h);
+    }
+  }
+  if (plan_.transposes_output_)
+    for (int64_t i = 0; i < count; ++i) copy_output(images[i], 0, plan_.exit_.h);
 }
 
 void Executor::copy_input(const Workspace& at, int64_t first, int64_t last) const {
@@ -410,7 +439,7 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
   float* const v = scratch;
   float* const m = scratch + w.m_offset;
   float* const poison = scratch + w.poison_offset;
-  const int64_t per_image = (last - first) * w.tiles_x, total = image_count * per_image;
+  const int64_t total = image_count * (last - first) * w.tiles_x;
   const int64_t scale = step.pools_in_registers ? 2 : 1;
   const int64_t last_row = dst.h - w.side, last_column = dst.w - w.side;
 
@@ -418,6 +447,7 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
     int64_t image, row, column;  // of the first result
   };
   Place places[kMostGroupTiles];
+  int64_t image = 0, band = first, x = 0;  // of the next tile
   const float* src[kMostGroupTiles];
   cpu::WinogradTile tiles[kMostGroupTiles];
 
@@ -425,8 +455,7 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = total * g / groups, count = total * (g + 1) / groups - begin;
     for (int64_t t = 0; t < count; ++t) {
-      const int64_t image = (begin + t) / per_image, index = (begin + t) % per_image;
-      const int64_t wanted_row = (first + index / w.tiles_x) * w.side, wanted_column = index % w.tiles_x * w.side;
+      const int64_t wanted_row = band * w.side, wanted_column = x * w.side;
       const int64_t row = std::min(wanted_row, last_row), column = std::min(wanted_column, last_column);
       const Workspace& at = images[image];
       places[t] = {image, row, column};
@@ -434,6 +463,9 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
                (column * scale - step.conv.pad_left) * step.src.pitch;
       tiles[t] = {target(dst, at) + row * dst.row_stride + column * dst.pitch, static_cast<int32_t>(wanted_row - row),
                   static_cast<int32_t>(wanted_column - column)};
+      if (++x < w.tiles_x) continue;
+      x = 0;
+      if (++band == last) band = first, ++image;
     }
     std::fill(poison, poison + count * kernels_.lanes, 0.0f);
 
@@ -473,11 +505,10 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
       }
     }
 
-    for (int64_t t = 0; t < count; ++t) {
-      float sum = 0;
-      for (int lane = 0; lane < kernels_.lanes; ++lane) sum += poison[t * kernels_.lanes + lane];
-      if (std::isnan(sum)) run_tile_directly(step, images[places[t].image], dst, lower, places[t].row, places[t].column, tiles[t]);
-    }
+    if (!has_nan(poison, count * kernels_.lanes)) continue;
+    for (int64_t t = 0; t < count; ++t)
+      if (has_nan(poison + t * kernels_.lanes, kernels_.lanes))
+        run_tile_directly(step, images[places[t].image], dst, lower, places[t].row, places[t].column, tiles[t]);
   }
 }
 

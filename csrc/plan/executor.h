@@ -12,6 +12,7 @@ class Barrier;
 // Where one image (or group of images) is at work.
 struct Workspace {
   float* arena = nullptr;
+  float* own = nullptr;        // maps that are the image's alone
   const float* src = nullptr;  // the image in the caller's memory
   float* dst = nullptr;        // its result in the caller's memory, if the spatial steps end there
   float* features = nullptr;   // its row of features otherwise
@@ -44,7 +45,8 @@ class Executor {
   void run_tile_directly(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t row, int64_t column,
                          const cpu::WinogradTile& tile) const;
   void pool_rows(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const;
-  void run_image(const Workspace& at) const;
+  // Whole images, each with its workspace: the first steps one image after the other, the wide ones together.
+  void run_images(const Workspace* images, int64_t count) const;
 
   // Linear steps: `rows` rows through panels [first, last) of one step, or through the whole chain.
   void run_linear(const LinearStep& step, const float* src, float* dst, int64_t rows, size_t first, size_t last) const;

@@ -11,6 +11,8 @@ namespace {
 
 // Weights beyond this are read once per call rather than once per block of rows: half of a common L2.
 constexpr int64_t kCachedWeightBytes = int64_t{256} << 10;
+// Weights beyond this are read for several images at once where they outweigh the maps.
+constexpr int64_t kWideWeightBytes = int64_t{768} << 10;
 // Linear weights beyond this are worth a pass of their own over the batch.
 constexpr int64_t kSplitWeightBytes = int64_t{1} << 20;
 // A block holds about this many pixels: enough to amortise the call, little enough to stay in L1.
@@ -19,8 +21,7 @@ constexpr int64_t kBlockPixels = 192;
 constexpr int64_t kLongestSum = 128, kShortestPartialSum = 64;
 // Elements behind a map: vector reads may run past its last pixel.
 constexpr int64_t kSlack = 16;
-// Images that a thread takes through convolutions and Linear together: two tiles of rows.
-constexpr int64_t kGroupImages = 12;
+
 // What the pack cache tells apart.
 constexpr int64_t kPackedPooled = 0, kPackedDirect = 1, kPackedWinograd = 2;
 
@@ -160,15 +161,33 @@ class PlanBuilder {
     return map;
   }
 
-  void claim(Map& map) {
-    map.offset = plan_.arena_floats_;
-    plan_.arena_floats_ += round_up(map.size + kSlack, 16);
+  // For the map that step `reader` reads, or the last one.
+  void claim(Map& map, size_t reader) {
+    map.is_per_image = reader >= plan_.first_wide_ && plan_.first_wide_ < uses_winograd_.size();
+    int64_t& floats = map.is_per_image ? plan_.image_floats_ : plan_.arena_floats_;
+    map.offset = floats;
+    floats += round_up(map.size + kSlack, 16);
+  }
+
+  // The first step whose weights outweigh an image's maps and do not stay in L2 from one image to the next.
+  size_t first_wide_step(const std::vector<StepSpec>& steps) const {
+    for (size_t i = 0; i < uses_winograd_.size(); ++i) {
+      if (steps[i].op != Op::kConv2d) continue;
+      const StepSpec& spec = steps[i];
+      const int64_t points = uses_winograd_[i] ? cpu::kWinogradPoints : spec.conv.k_h * spec.conv.k_w;
+      const int64_t weights = points * spec.in * spec.out * 4;
+      const Size src = sizes_[i], dst = sizes_[i + 1];
+      const int64_t maps = (src.channels * src.h * src.w + dst.channels * dst.h * dst.w) * 4;
+      if (weights > kWideWeightBytes && weights > maps) return i;
+    }
+    return uses_winograd_.size();
   }
 
   void place_spatial(const std::vector<StepSpec>& steps, size_t count) {
     if (count == 0) return;
     const InputSpec& input = plan_.input_;
     for (size_t i = 0; i < count; ++i) uses_winograd_.push_back(uses_winograd(steps[i], i));
+    plan_.first_wide_ = first_wide_step(steps);
     const Window& first = steps[0].conv;
     const bool needs_border =
         steps[0].op == Op::kConv2d && (first.pad_top || first.pad_bottom || first.pad_left || first.pad_right);
@@ -186,7 +205,7 @@ class PlanBuilder {
     } else {
       plan_.copies_input_ = true;
       current = arena_map(sizes_[0], &steps[0], steps[0].op == Op::kConv2d);
-      claim(current);
+      claim(current, 0);
       plan_.entry_ = current;
     }
 
@@ -197,7 +216,7 @@ class PlanBuilder {
       Map dst;
       if (!is_last) {
         dst = arena_map(size, &steps[i + 1], false);
-        claim(dst);
+        claim(dst, i + 1);
       } else {
         const bool is_dense = has_linear || options_.output_is_nhwc || size.channels == 1 || size.h * size.w == 1;
         if (is_dense) {
@@ -211,7 +230,7 @@ class PlanBuilder {
           dst = arena_map(size, nullptr, false);
           dst.row_stride = size.w * dst.pitch;  // so that a band of rows is one matrix to transpose
           dst.size = size.h * dst.row_stride;
-          claim(dst);
+          claim(dst, i + 1);
           plan_.transposes_output_ = true;
           plan_.exit_ = dst;
         }
@@ -366,10 +385,11 @@ class PlanBuilder {
     plan_.output_ = {false, 0, 0, 0, width};
     plan_.dst_image_ = width;
     plan_.splits_at_linear_ = follows_spatial && linear_bytes > kSplitWeightBytes;
-    plan_.group_images_ = follows_spatial && !plan_.splits_at_linear_ ? kGroupImages : 1;
   }
 
   void lay_out_arena() {
+    const bool groups_at_linear = plan_.features_ && !plan_.splits_at_linear_;
+    plan_.group_images_ = groups_at_linear || plan_.first_wide_ < plan_.spatial_.size() ? kMostGroupImages : 1;
     plan_.features_offset_ = plan_.arena_floats_;
     if (!plan_.splits_at_linear_) plan_.arena_floats_ += plan_.group_images_ * plan_.features_;
     for (int64_t& offset : plan_.rows_offset_) {

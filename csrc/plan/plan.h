@@ -27,12 +27,13 @@ struct Map {
   enum class Place { kArena, kRing, kCallerSrc, kCallerDst, kFeatures };
   Place place = Place::kArena;
   int64_t channels = 0, h = 0, w = 0;
-  int64_t pitch = 0;       // elements from a pixel to the next
-  int64_t row_stride = 0;  // elements from a row to the next
-  int64_t origin = 0;      // of pixel (0, 0), inside the border
-  int64_t offset = 0;      // of the map in the arena
-  int64_t rows_kept = 0;   // a ring of rows when smaller than h
-  int64_t size = 0;        // elements in the arena, border included
+  int64_t pitch = 0;          // elements from a pixel to the next
+  int64_t row_stride = 0;     // elements from a row to the next
+  int64_t origin = 0;         // of pixel (0, 0), inside the border
+  int64_t offset = 0;         // of the map in the arena
+  int64_t rows_kept = 0;      // a ring of rows when smaller than h
+  bool is_per_image = false;  // of each image in a group, rather than one after the other's
+  int64_t size = 0;           // elements in the arena, border included
 };
 
 // A spatial step: convolution, convolution with pooling, or pooling alone.
@@ -81,7 +82,9 @@ class Plan {
   const OutputSpec& output() const { return output_; }
   std::vector<StepInfo> describe() const;
   // Per thread, or per image where rows are shared out.
-  int64_t scratch_bytes() const { return (arena_floats_ + thread_floats_) * static_cast<int64_t>(sizeof(float)); }
+  int64_t scratch_bytes() const {
+    return (arena_floats_ + group_images_ * image_floats_ + thread_floats_) * static_cast<int64_t>(sizeof(float));
+  }
 
  private:
   friend class PlanBuilder;
@@ -103,7 +106,12 @@ class Plan {
   int64_t group_images_ = 1;  // images a thread takes through both
   bool splits_at_linear_ = false;  // all images through the spatial steps first: the Linear weights should be read once
 
-  int64_t arena_floats_ = 0;   // of an image's maps: their zero borders are written once, so an arena is never anything else
+  // Steps before this one are run image by image, those from it on step by step for a group of images, which then share the way
+  // that heavy weights come from memory.
+  size_t first_wide_ = 0;
+  // Of maps that one image leaves to the next, and of those that each has for itself. Their zero borders are written once, so an
+  // arena is never anything else; the maps of a group's images follow one another at its end.
+  int64_t arena_floats_ = 0, image_floats_ = 0;
   int64_t thread_floats_ = 0;  // of a thread's ring of rows and Winograd's buffers, used by one step at a time
   int64_t features_offset_ = 0, rows_offset_[2] = {0, 0};
   int64_t rows_stride_ = 0;  // elements of a hidden Linear row
@@ -114,6 +122,8 @@ class Plan {
 };
 using PlanPtr = std::shared_ptr<const Plan>;
 
+// Images that a thread takes together through wide steps and Linear: a tile of rows, or two.
+constexpr int64_t kMostGroupImages = 12;
 // Rows of a Linear chain that go through all its layers together.
 constexpr int64_t kRowBlock = 48;
 

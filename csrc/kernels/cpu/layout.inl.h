@@ -29,10 +29,40 @@ static FASTSEQ_INLINE void transpose_8x8(Vec8 (&r)[8]) {
   }
 }
 
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef float Vec4U __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t Index4 __attribute__((vector_size(16)));
+
+// Two to four planes to dense pixels, four at a time: each store reaches into the next pixel, which then overwrites it.
+static FASTSEQ_INLINE void interleave_planes(const float* src, int64_t src_stride, float* dst, int64_t pixels, int64_t planes) {
+  const float* plane[4];
+  for (int c = 0; c < 4; ++c) plane[c] = src + (c < planes ? c : 0) * src_stride;
+  int64_t i = 0;
+  for (; i + 5 <= pixels; i += 4) {
+    Vec4 p[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) p[c] = *reinterpret_cast<const Vec4U*>(plane[c] + i);
+    constexpr Index4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
+    const Vec4 a = __builtin_shuffle(p[0], p[1], low), b = __builtin_shuffle(p[2], p[3], low);
+    const Vec4 c = __builtin_shuffle(p[0], p[1], high), d = __builtin_shuffle(p[2], p[3], high);
+    float* const out = dst + i * planes;
+    *reinterpret_cast<Vec4U*>(out) = __builtin_shuffle(a, b, first);
+    *reinterpret_cast<Vec4U*>(out + planes) = __builtin_shuffle(a, b, second);
+    *reinterpret_cast<Vec4U*>(out + 2 * planes) = __builtin_shuffle(c, d, first);
+    *reinterpret_cast<Vec4U*>(out + 3 * planes) = __builtin_shuffle(c, d, second);
+  }
+  for (; i < pixels; ++i)
+    for (int64_t c = 0; c < planes; ++c) dst[i * planes + c] = plane[c][i];
+}
+
 static void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t rows_out, int64_t cols_out,
                       bool can_overread) {
   if (rows_out == 1 && src_stride == 1) {
     for (int64_t j = 0; j < cols_out; ++j) dst[j] = src[j];
+    return;
+  }
+  if (cols_out >= 2 && cols_out <= 4 && dst_stride == cols_out) {
+    interleave_planes(src, src_stride, dst, rows_out, cols_out);
     return;
   }
   if (cols_out < 8 || (rows_out < 8 && !can_overread)) {

@@ -139,18 +139,18 @@ static void product_loop(const ProductJob& job, int64_t blocks) {
 }
 
 // Results of one vector of output channels, from values at the points to pixels. y is before bias; poison becomes NaN where any
-// of it is not finite.
+// of it is not finite, or so large that their sum is not.
 template <int kOut, bool kPool>
 static FASTSEQ_INLINE void finish_tile(const WinogradOutputJob& job, const Vec (&y)[kOut][kOut], int32_t tile, int32_t lane,
                                        Vec bias, Vec lower, Vec& poison) {
   constexpr int kSide = kPool ? kOut / 2 : kOut;
-  Vec sum = Vec{};
+  Vec sum = y[0][0];
   Vec out[kSide][kSide];
 #pragma GCC unroll 4
   for (int i = 0; i < kOut; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kOut; ++j) sum += y[i][j] * 0.0f;
-  poison += sum;
+    for (int j = i == 0; j < kOut; ++j) sum += y[i][j];
+  poison += sum * 0.0f;
 #pragma GCC unroll 4
   for (int i = 0; i < kSide; ++i)
 #pragma GCC unroll 4
@@ -213,9 +213,6 @@ static void winograd_output(const WinogradOutputJob& job) {
 }
 
 // One to four input channels: the sums at a column's six points stay in registers and go straight through A^T.
-typedef float Vec4 __attribute__((vector_size(16)));
-typedef float Vec4U __attribute__((vector_size(16), aligned(4), may_alias));
-
 static void winograd_small_input(const WinogradInputJob& job) {
   for (int32_t t = 0; t < job.tiles; ++t) {
     const float* const src = job.src[t];
