@@ -36,6 +36,8 @@ LOOKED_UP: list[tuple[Any, str, Any]] = [
 
 # The key in a module's __dict__ that `optimize(exclude=...)` leaves: it goes with the module, also into copies.
 EXCLUDED = "_fastseq_excluded"
+# And the one that `optimize(winograd="off")` leaves.
+WITHOUT_WINOGRAD = "_fastseq_without_winograd"
 
 
 @dataclass

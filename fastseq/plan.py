@@ -10,7 +10,7 @@ from torch import nn
 
 from fastseq import _env, _native
 from fastseq.loading import Load
-from fastseq.matcher import EagerSegment, Match, NativeSegment
+from fastseq.matcher import WITHOUT_WINOGRAD, EagerSegment, Match, NativeSegment
 from fastseq.patterns.base import ATTRIBUTES, PARAMETERS
 from fastseq.program import CheckedProgram, LoggedProgram, ProgramSegment, add_stats
 from fastseq.straight_line import Container, StraightLine
@@ -38,7 +38,7 @@ def native_steps(segment: NativeSegment) -> tuple[list[dict[str, Any]], list[nn.
     return steps, layers
 
 
-def native_run(segment: NativeSegment) -> Any:
+def native_run(segment: NativeSegment, allows_winograd: bool = True) -> Any:
     """The native run of a segment. It keeps no weights until its first call."""
     steps, layers = native_steps(segment)
     watches = [watch(layer) for layer in layers]
@@ -52,6 +52,7 @@ def native_run(segment: NativeSegment) -> Any:
         isa=_env.isa_cap() or "",
         kernel=_env.preferred_kernel() or "",
         checks=_env.check(),
+        winograd=allows_winograd,
     )
 
 
@@ -87,7 +88,8 @@ class CompiledMatch:
         self.match = match
         self.past = add_stats([]) if before is None else before.stats()
         self.past_declined = {} if before is None else before.declined()
-        self.runs = [native_run(s) if isinstance(s, NativeSegment) else None for s in match.segments]
+        allows_winograd = WITHOUT_WINOGRAD not in owner.__dict__
+        self.runs = [native_run(s, allows_winograd) if isinstance(s, NativeSegment) else None for s in match.segments]
         module = _native.module()
         owners = line.containers if line else list(map(Container, (owner, *match.nested)))
         containers = [

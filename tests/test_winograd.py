@@ -1,0 +1,277 @@
+"""Convolutions by Winograd's minimal filtering: numbers, special values, bits, choice, and the option."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from helpers import ISAS, assert_was_fused, kernels_used, one_thread, run_fused, use_kernels  # noqa: F401
+from torch import Tensor, nn
+
+import fastseq
+from fastseq.testing import MODELS, assert_matches
+
+each_isa = pytest.mark.parametrize("isa", ISAS)
+POOLS: dict[str, tuple[nn.Module, ...]] = {
+    "plain": (),
+    "pool2": (nn.MaxPool2d(2),),
+    "pool3s2": (nn.MaxPool2d(3, 2),),
+    "pool3s1p1": (nn.MaxPool2d(3, 1, 1),),
+    "pool2ceil": (nn.MaxPool2d(2, ceil_mode=True),),
+}
+# c_in, c_out, kernel, padding, h, w: whole and moved-back tiles, one tile, few channels, tails of vectors, long sums.
+SHAPES = [
+    (3, 16, 3, 1, 8, 8),
+    (2, 5, 3, 0, 9, 6),
+    (4, 33, 3, 1, 7, 13),
+    (5, 7, 3, 2, 5, 11),
+    (16, 16, 3, 0, 6, 6),
+    (17, 40, 3, 1, 13, 10),
+    (33, 64, 3, 1, 12, 9),
+    (70, 65, 3, 1, 5, 6),
+    (1, 6, 5, 2, 12, 12),
+    (6, 16, 5, 0, 14, 13),
+    (20, 64, 5, 0, 10, 9),
+    (64, 30, 5, 2, 7, 8),
+]
+
+
+def uses_winograd(model: nn.Module) -> bool:
+    used = kernels_used(model)
+    assert used
+    return any(name.startswith("conv2d_winograd") for name in used)
+
+
+@pytest.fixture
+def forced(isa: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Winograd wherever it is possible, also where the direct kernels would be faster."""
+    use_kernels(monkeypatch, isa, "conv2d_winograd")
+    return isa
+
+
+def conv(
+    c_in: int, c_out: int, k: int, padding: int, *after: nn.Module, bias: bool = True, relu: bool = True
+) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(c_in, c_out, k, padding=padding, bias=bias)]
+    return nn.Sequential(*layers, *([nn.ReLU()] if relu else []), *after).eval()
+
+
+@each_isa
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_numbers(forced: str, shape: tuple[int, ...], pool: str) -> None:
+    c_in, c_out, k, padding, h, w = shape
+    for relu, bias, nhwc in ((True, True, False), (False, False, True)):
+        model = conv(c_in, c_out, k, padding, *POOLS[pool], bias=bias, relu=relu)
+        fused = fastseq.optimize(model)
+        for batch in (1, 3):
+            x = torch.randn(batch, c_in, h, w)
+            if nhwc:
+                x = x.to(memory_format=torch.channels_last)
+            with torch.no_grad():
+                assert_matches(fused(x), model, x)
+        assert_was_fused(fused)
+        assert uses_winograd(fused)
+
+
+@each_isa
+@pytest.mark.parametrize("k", [3, 5])
+def test_all_sizes_of_maps(forced: str, k: int) -> None:
+    """Every remainder of the tiling, up to three tiles a side; below one tile the direct kernels remain."""
+    model = conv(6, 9, k, 0)
+    pooled = conv(6, 9, k, 0, nn.MaxPool2d(2))
+    out = 7 - k
+    for h in range(1, 3 * out + 2):
+        for w in (1, out, 2 * out + 1, 3 * out - 1):
+            x = torch.randn(1, 6, h + k - 1, w + k - 1)
+            fused = fastseq.optimize(model)
+            with torch.no_grad():
+                assert_matches(fused(x), model, x)
+            assert uses_winograd(fused) == (h >= out and w >= out)
+            if h >= 2 and w >= 2:
+                assert_matches(run_fused(pooled, x), pooled, x)
+
+
+@each_isa
+def test_long_sums_and_groups_of_many_tiles(forced: str) -> None:
+    model = conv(200, 24, 3, 1)
+    x = torch.randn(2, 200, 19, 23)
+    assert_matches(run_fused(model, x), model, x)
+
+
+@each_isa
+@pytest.mark.parametrize("shape", [(3, 20, 3, 1, 14, 11), (24, 20, 3, 1, 14, 11), (20, 40, 5, 2, 9, 12)], ids=str)
+@pytest.mark.parametrize("pool", ["plain", "pool2", "pool3s2"])
+def test_bits_do_not_depend_on_batch_threads_or_layout(forced: str, shape: tuple[int, ...], pool: str) -> None:
+    c_in, c_out, k, padding, h, w = shape
+    model = nn.Sequential(*conv(c_in, c_out, k, padding, *POOLS[pool]), *conv(c_out, 32, 3, 1)).eval()
+    fused = fastseq.optimize(model)
+    x = torch.randn(13, c_in, h, w)
+    with torch.no_grad():
+        alone = torch.cat([fused(image[None]) for image in x])
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for batch in (1, 2, 5, 13):
+                assert torch.equal(fused(x[:batch]), alone[:batch]), (threads, batch)
+            nhwc = x.to(memory_format=torch.channels_last)
+            assert torch.equal(fused(nhwc), alone), threads
+    assert uses_winograd(fused)
+
+
+SPECIAL = [math.nan, math.inf, -math.inf, 3e38, -3.4e38, 1e-45]
+
+
+@each_isa
+@pytest.mark.parametrize("pool", ["plain", "pool2", "pool3s2"])
+@pytest.mark.parametrize("shape", [(3, 16, 3, 1, 11, 10), (16, 20, 3, 1, 11, 10), (8, 16, 5, 2, 9, 7)], ids=str)
+def test_special_values_keep_their_footprint(forced: str, shape: tuple[int, ...], pool: str) -> None:
+    """One special value, at corners, edges and inside: the transforms alone would spread it over its tiles."""
+    c_in, c_out, k, padding, h, w = shape
+    for relu in (True, False):
+        model = conv(c_in, c_out, k, padding, *POOLS[pool], relu=relu)
+        fused = fastseq.optimize(model)
+        for value in SPECIAL:
+            for row, column in ((0, 0), (h - 1, w - 1), (h // 2, 3), (4, w - 1), (5, 5)):
+                x = torch.randn(2, c_in, h, w)
+                x[1, c_in // 2, row, column] = value
+                with torch.no_grad():
+                    actual = fused(x)
+                assert_matches(actual, model, x)
+        assert_was_fused(fused)
+        assert uses_winograd(fused)
+
+
+@each_isa
+def test_a_tile_that_is_computed_again_has_the_bits_of_the_direct_kernels(forced: str) -> None:
+    model = conv(16, 20, 3, 1)
+    x = torch.randn(1, 16, 8, 8)
+    x[0, 3, 1, 1] = math.inf  # in the first of four tiles
+    with torch.no_grad():
+        actual = fastseq.optimize(model)(x)
+        direct = fastseq.optimize(model, winograd="off")(x)
+    tile = (..., slice(0, 4), slice(0, 4))
+    assert torch.equal(actual[tile].nan_to_num(nan=7.0), direct[tile].nan_to_num(nan=7.0))
+    assert not torch.equal(actual, direct)
+
+
+@each_isa
+def test_sums_beyond_the_largest_float_are_infinite_as_eagers(forced: str) -> None:
+    model = conv(16, 16, 3, 1, relu=False, bias=False)
+    with torch.no_grad():
+        model[0].weight.copy_(model[0].weight.abs())
+    x = torch.full((1, 16, 9, 9), 2e38)
+    x[..., :5] *= -1
+    with torch.no_grad():
+        actual = fastseq.optimize(model)(x)
+        eager = model(x)
+    assert torch.equal(actual.isinf(), eager.isinf()) and eager.isinf().any()
+    assert torch.equal(actual.signbit(), eager.signbit())
+
+
+@each_isa
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_for_the_direct_kernels(forced: str, value: float) -> None:
+    model = conv(16, 16, 3, 1)
+    with torch.no_grad():
+        model[0].weight[3, 2, 1, 1] = value
+    fused = fastseq.optimize(model)
+    x = torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        assert_matches(fused(x), model, x)
+    assert not uses_winograd(fused)
+
+
+@each_isa
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("pool", ["plain", "pool2"])
+def test_special_biases(forced: str, value: float, pool: str) -> None:
+    model = conv(16, 16, 3, 1, *POOLS[pool])
+    with torch.no_grad():
+        model[0].bias[5] = value
+    x = torch.randn(2, 16, 8, 8)
+    assert_matches(run_fused(model, x), model, x)
+
+
+@each_isa
+def test_changed_weights_are_transformed_again(forced: str) -> None:
+    model = conv(8, 16, 3, 1)
+    fused = fastseq.optimize(model)
+    x = torch.randn(1, 8, 12, 12)
+    with torch.no_grad():
+        fused(x)
+        fused[0].weight.mul_(-0.5)
+        model[0].weight.mul_(-0.5)
+        assert_matches(fused(x), model, x)
+    assert uses_winograd(fused)
+
+
+# The choice and the option ------------------------------------------------------------------------------------------
+
+
+def chosen(model: nn.Module, x: Tensor, **options: Any) -> list[str]:
+    fused = fastseq.optimize(model.eval(), **options)
+    with torch.no_grad():
+        fused(x)
+    return kernels_used(fused)
+
+
+@pytest.mark.parametrize("name", ["seed1", "seed1_named", "seed3", "cifar_vgg"])
+def test_networks_use_it(name: str) -> None:
+    model, x = MODELS[name].build(), MODELS[name].example(2)
+    assert any(kernel.startswith("conv2d_winograd") for kernel in chosen(model, x))
+    assert not any(kernel.startswith("conv2d_winograd") for kernel in chosen(model, x, winograd="off"))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(64, 64, 1),
+        nn.Conv2d(64, 64, 3, stride=2),
+        nn.Conv2d(64, 64, (3, 1)),
+        nn.Conv2d(64, 64, 7),
+        nn.Conv2d(64, 64, (5, 3)),
+    ],
+    ids=str,
+)
+def test_other_convolutions_stay_direct(layer: nn.Module) -> None:
+    (kernel,) = chosen(nn.Sequential(layer), torch.randn(1, 64, 20, 20))
+    assert not kernel.startswith("conv2d_winograd")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_maps_below_a_tile_stay_direct(size: int) -> None:
+    (kernel,) = chosen(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)), torch.randn(1, 64, size, size))
+    assert not kernel.startswith("conv2d_winograd")
+
+
+def test_off_goes_with_the_model_until_it_is_optimised_again() -> None:
+    model, x = MODELS["seed3"].build(), MODELS["seed3"].example(1)
+    off = fastseq.optimize(model, winograd="off")
+    for other in (off, copy.deepcopy(off), pickle.loads(pickle.dumps(off)), fastseq.optimize(off, winograd="off")):
+        with torch.no_grad():
+            other(x)
+        assert not uses_winograd(other)
+    again = fastseq.optimize(off)
+    with torch.no_grad():
+        again(x)
+        assert uses_winograd(again)
+    plain = fastseq.restore(off)
+    assert not [key for module in plain.modules() for key in module.__dict__ if "winograd" in key]
+
+
+@pytest.mark.parametrize("value", ["on", "fast", "", None, True])
+def test_other_values_of_the_option(value: Any) -> None:
+    with pytest.raises(ValueError, match=r'winograd expects "auto" or "off", got '):
+        fastseq.optimize(MODELS["seed1"].build(), winograd=value)
+
+
+def test_verify_reports_its_error() -> None:
+    model, x = MODELS["seed1"].build(), MODELS["seed1"].example(2)
+    report = fastseq.verify(fastseq.optimize(model), x).to_dict()
+    assert report["ok"]
+    steps = [step for step in report["steps"] if step["kernel"].startswith("conv2d_winograd")]
+    assert steps and all(0 < step["error"] <= step["allowed"] for step in steps)
