@@ -19,10 +19,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from limits import measure_fma, measure_limits
 from peers import PEERS, Call, Peer, as_tensor
 from torch import Tensor, nn
 
-from fastseq import _native
 from fastseq.testing import MODELS, relative_error
 
 LONGEST_SPIN_SECONDS = 0.5
@@ -98,20 +98,19 @@ class _Session:
         self.built = self.call = None
         gc.collect()
 
-    def ceiling(self) -> dict[str, float]:
-        """What this machine can do: the best of several large matrix products and memory copies."""
+    def ceiling(self) -> dict[str, Any]:
+        """What this machine can do: its limits, and the best of several large matrix products and memory copies."""
         size = 1536
         a, b, c = (torch.ones(size, size) for _ in range(3))
         source, copy = (torch.ones(32 << 20) for _ in range(2))  # 128 MiB each: outside every cache
         mm_seconds = _best_of(12, lambda: torch.mm(a, b, out=c))
         copy_seconds = _best_of(12, lambda: copy.copy_(source))
-        limits = {
+        return {
             "sgemm_gflops": round(2 * size**3 / mm_seconds / 1e9, 1),
             "copy_gbytes_per_s": round(2 * source.nbytes / copy_seconds / 1e9, 1),
+            "fma_gflops_per_core": measure_fma(),
+            **measure_limits(self.threads).as_dict(),
         }
-        if _native.native_available():
-            limits["fma_gflops_per_core"] = round(_native.module().fma_peak(), 1)
-        return limits
 
 
 def _best_of(repeats: int, function: Callable[[], Any]) -> float:

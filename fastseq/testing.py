@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 __all__ = [
     "MODELS",
+    "LayerCost",
     "ModelCase",
     "Reference",
     "assert_matches",
     "count_flops",
     "error_vs_float64",
     "error_floor",
+    "layer_costs",
     "relative_error",
 ]
 
@@ -93,6 +95,14 @@ def _lenet5() -> nn.Module:
 
 def _mlp() -> nn.Module:
     return nn.Sequential(*_linear_stack(784, 512, 512, 10))
+
+
+def _mlp_8x256() -> nn.Module:
+    return nn.Sequential(*_linear_stack(*[256] * 9))
+
+
+def _mlp_3x4096() -> nn.Module:
+    return nn.Sequential(*_linear_stack(*[4096] * 4))
 
 
 def _cifar_vgg() -> nn.Module:
@@ -180,6 +190,7 @@ class ModelCase:
     make: Callable[[], nn.Module]
     input_shape: tuple[int, ...]
     batches: tuple[int, ...]
+    title: str = ""  # for tables and plots, where the name says too little
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model in eval mode with He-initialised weights; the same seed gives the same bytes.
@@ -204,37 +215,52 @@ class ModelCase:
         return torch.randn(batch, *self.input_shape, generator=generator)
 
     @cached_property
+    def layer_costs(self) -> tuple[LayerCost, ...]:
+        """What each convolution and Linear layer costs for a batch of one, in the order in which they run."""
+        with torch.device("meta"):
+            return tuple(layer_costs(self.make().eval(), torch.empty(1, *self.input_shape)))
+
+    @property
     def flops_per_image(self) -> int:
         """Floating-point operations of the convolutions and Linear layers for a batch of one."""
-        with torch.device("meta"):
-            return count_flops(self.make().eval(), torch.empty(1, *self.input_shape))
+        return sum(cost.flops for cost in self.layer_costs)
 
 
 MODELS: dict[str, ModelCase] = {
     case.name: case
     for case in (
-        ModelCase("seed1", _seed1, (1, 28, 28), (1, 64)),
-        ModelCase("seed1_named", _seed1_named, (1, 28, 28), (1, 64)),
-        ModelCase("seed2", _seed2, (128,), (1, 32)),
-        ModelCase("seed3", TwoStageConvNet, (3, 32, 32), (1, 64)),
-        ModelCase("lenet5", _lenet5, (1, 28, 28), (1, 256)),
-        ModelCase("mlp", _mlp, (784,), (1, 256)),
-        ModelCase("cifar_vgg", _cifar_vgg, (3, 32, 32), (1, 32)),
-        ModelCase("alexnet", _alexnet, (3, 224, 224), (1, 8)),
-        ModelCase("vgg11", _vgg11, (3, 224, 224), (1,)),
-        ModelCase("vgg16", _vgg16, (3, 224, 224), (1, 4)),
+        ModelCase("seed1", _seed1, (1, 28, 28), (1, 64), "seed 1: two convolutions"),
+        ModelCase("seed1_named", _seed1_named, (1, 28, 28), (1, 64), "seed 1, named layers"),
+        ModelCase("seed2", _seed2, (128,), (1, 32), "seed 2: MLP 128-64-10"),
+        ModelCase("seed3", TwoStageConvNet, (3, 32, 32), (1, 64), "seed 3: two pooled stages"),
+        ModelCase("lenet5", _lenet5, (1, 28, 28), (1, 256), "LeNet-5"),
+        ModelCase("mlp", _mlp, (784,), (1, 256), "MLP 784-512-512-10"),
+        ModelCase("mlp_8x256", _mlp_8x256, (256,), (4096,), "MLP of 8 x 256"),
+        ModelCase("mlp_3x4096", _mlp_3x4096, (4096,), (1, 64), "MLP of 3 x 4096"),
+        ModelCase("cifar_vgg", _cifar_vgg, (3, 32, 32), (1, 32), "CIFAR VGG-like, no batch norm"),
+        ModelCase("alexnet", _alexnet, (3, 224, 224), (1, 8), "AlexNet"),
+        ModelCase("vgg11", _vgg11, (3, 224, 224), (1,), "VGG11"),
+        ModelCase("vgg16", _vgg16, (3, 224, 224), (1, 4), "VGG16"),
     )
 }
 
 
-def count_flops(model: nn.Module, x: Tensor) -> int:
-    """2 x multiply-adds of every Conv2d and Linear that `model(x)` runs; bias, ReLU and pooling are not counted."""
-    total = 0
+@dataclass(frozen=True)
+class LayerCost:
+    """What a layer costs by its definition: its multiply-adds, counted twice, and the weights that it reads."""
+
+    flops: int
+    weight_bytes: int  # bias not counted
+
+
+def layer_costs(model: nn.Module, x: Tensor) -> list[LayerCost]:
+    """What each Conv2d and Linear that `model(x)` runs costs, in that order; bias, ReLU and pooling cost nothing."""
+    costs: list[LayerCost] = []
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
         assert isinstance(module, (nn.Conv2d, nn.Linear))
-        total += 2 * output.numel() * module.weight[0].numel()
+        weight = module.weight
+        costs.append(LayerCost(2 * output.numel() * weight[0].numel(), weight.numel() * weight.element_size()))
 
     handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     try:
@@ -243,7 +269,12 @@ def count_flops(model: nn.Module, x: Tensor) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    return total
+    return costs
+
+
+def count_flops(model: nn.Module, x: Tensor) -> int:
+    """2 x multiply-adds of every Conv2d and Linear that `model(x)` runs; bias, ReLU and pooling are not counted."""
+    return sum(cost.flops for cost in layer_costs(model, x))
 
 
 # The oracle -------------------------------------------------------------------------------------------------------
