@@ -15,6 +15,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,15 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def save(report: Report, json_path: Path | None, markdown_path: Path | None) -> None:
+def save(
+    report: Report, json_path: Path | None, markdown_path: Path | None, render: Callable[[Report], str] | None = None
+) -> None:
     """Called after each case, so that a run that is interrupted leaves what it has measured."""
-    if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(report, indent=1) + "\n")
-    if markdown_path:
-        markdown_path.parent.mkdir(parents=True, exist_ok=True)
-        markdown_path.write_text(to_markdown(report) + "\n")
+    texts = (json_path, lambda: json.dumps(report, indent=1)), (markdown_path, lambda: (render or to_markdown)(report))
+    for path, text in texts:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text() + "\n")
 
 
 # The table -----------------------------------------------------------------------------------------------------------
