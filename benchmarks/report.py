@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         report = merge([load(path) for path in arguments.files])
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     save(report, arguments.json, arguments.markdown)
     print(to_markdown(report))
@@ -152,6 +152,7 @@ def to_markdown(report: Report) -> str:
         "## Largest error against float64, relative to the output's scale",
         "",
         *worst_table(rows, backends, "err_rel_max", ".1e"),
+        *describe_errors(rows),
         "",
         "## Seconds from the plain model to the first result",
         "",
@@ -228,6 +229,16 @@ def worst_table(rows: list[Row], backends: list[str], key: str, style: str) -> l
             cells.append("" if worst is None else format(worst, style))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def describe_errors(rows: list[Row]) -> list[str]:
+    """How fastseq's largest error compares with eager's on the same case, at its worst."""
+    own = [row for row in rows if row["backend"] == "fastseq" and row["err_rel_max"] and row["eager_err_rel_max"]]
+    if not own:
+        return []
+    worst = max(own, key=lambda row: row["err_rel_max"] / row["eager_err_rel_max"])
+    ratio = worst["err_rel_max"] / worst["eager_err_rel_max"]
+    return ["", f"fastseq's by eager's, at worst: {ratio:.2f} ({worst['case']}, batch {worst['batch']})."]
 
 
 def table_head(titles: list[str], text_columns: int) -> list[str]:
