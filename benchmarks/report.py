@@ -4,6 +4,10 @@
 
 merges runs of bench_models.py. Rows of a later file replace those of an earlier one for the same case, batch, threads
 and engine.
+
+    python benchmarks/report.py --page docs/performance.md
+
+writes the tables of a page anew, each from the files that the comment before it names.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,6 +27,7 @@ from typing import Any
 import torch
 
 from fastseq.__main__ import cpu_model
+from fastseq.testing import MODELS
 
 QUIET_SHARE = 0.97  # of a core, in the median block of an engine with one thread
 
@@ -31,11 +37,17 @@ Report = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, metavar="JSON", help="what bench_models.py wrote")
+    parser.add_argument("files", nargs="*", type=Path, metavar="JSON", help="what bench_models.py wrote")
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--page", type=Path, help="a page whose tables are to be written anew; no files then")
     arguments = parser.parse_args()
+    if bool(arguments.files) == bool(arguments.page):
+        parser.error("expected result files, or --page and none")
     try:
+        if arguments.page:
+            arguments.page.write_text(with_tables(arguments.page.read_text()))
+            return
         report = merge([load(path) for path in arguments.files])
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -167,6 +179,50 @@ def to_markdown(report: Report) -> str:
     if problems:
         lines += ["", "## Not timed", "", *problems]
     return "\n".join(lines)
+
+
+# A table in a page: the files it is made of, relative to the root of the repository, and how many threads.
+TABLE = re.compile(r"(<!-- (\d+) threads?: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def with_tables(page: str) -> str:
+    """The page with each of its tables as the result files have it now."""
+
+    def table(found: re.Match[str]) -> str:
+        rows = merge([load(ROOT / name) for name in found[3].split()])["rows"]
+        return found[1] + "\n".join(summary_table(rows, int(found[2]))) + "\n" + found[4]
+
+    return TABLE.sub(table, page)
+
+
+def summary_table(rows: list[Row], threads: int) -> list[str]:
+    """fastseq beside eager, the best peer and the machine's limit."""
+    titles = ["network", "batch", "eager us", "best peer us", "fastseq us", "vs eager", "vs best peer", "of limit"]
+    lines = table_head([*titles, "limited by", "error", "eager's error"], text_columns=1)
+    rows = [row for row in rows if row["threads"] == threads and row["median_us"] is not None]
+    for case, batch in dict.fromkeys((row["case"], row["batch"]) for row in rows):
+        by_name = {row["backend"]: row for row in rows if (row["case"], row["batch"]) == (case, batch)}
+        own, eager = by_name.get("fastseq"), by_name.get("eager")
+        peers = [row for name, row in by_name.items() if name != "fastseq"]
+        if own is None or eager is None:
+            continue
+        best = min(peers, key=lambda row: row["median_us"])
+        cells = [
+            MODELS[case].title,
+            str(batch),
+            format_us(eager["median_us"]),
+            f"{format_us(best['median_us'])} ({best['backend']})",
+            format_us(own["median_us"]),
+            f"{eager['median_us'] / own['median_us']:.2f}x",
+            f"{best['median_us'] / own['median_us']:.2f}x",
+            f"{own['of_limit']:.2f}" if own.get("of_limit") else "",
+            own.get("limited_by") or "",
+            f"{own['err_rel_max']:.1e}",
+            f"{own['eager_err_rel_max']:.1e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 # What a ceiling may hold, and how it reads.

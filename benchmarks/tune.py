@@ -57,10 +57,12 @@ def candidates(layer: Layer, x: torch.Tensor) -> list[Prepared]:
     exact = exact_result(plain, x)
     found = [prepare(plain, x, exact, OWN_CHOICE) for _ in range(2)]
     kernels = {found[0].kernel}
+    names = {row["name"] for row in fastseq.kernels()}
     for variant in candidate_variants(layer):
         prepared = prepare(plain, x, exact, variant)
-        # What runs something else than was asked for is a layer that kernel does not fit, cut up in an odd way.
-        if variant.kernel in prepared.kernel and prepared.kernel not in kernels:
+        # A layer too narrow for what was asked for runs on a narrower kernel, cut up oddly: that has its own turn.
+        is_answer = variant.kernel in prepared.kernel or prepared.kernel not in names
+        if is_answer and prepared.kernel not in kernels:
             kernels.add(prepared.kernel)
             found.append(prepared)
     return found
