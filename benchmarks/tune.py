@@ -145,13 +145,19 @@ def to_markdown(report: Report) -> str:
     lines += table_head(["layer", "own choice", "best", "others, time by own", "us", "loss", "noise"], text_columns=4)
     for row in report["rows"]:
         others = [c for c in row["candidates"][1:] if c["kernel"] != row["best"]]
-        text = ", ".join(f"{c['kernel'].split('__')[-1]} {c['of_own']:.2f}" for c in others)
+        text = ", ".join(f"{short_name(c['kernel'])}: {c['of_own']:.2f}" for c in others)
         best = "the same" if row["best"] == row["own"] else row["best"]
         lines.append(
             f"| {row['layer']} | {row['own']} | {best} | {text} | {row['own_us']:.1f} | {row['loss']:.1%} "
             f"| {row['noise']:.1%} |"
         )
     return "\n".join(lines)
+
+
+def short_name(kernel: str) -> str:
+    """Without type and instruction set, which are the same for all candidates."""
+    operation, _, how = kernel.partition("_f32__")
+    return f"{operation} {how.split('_')[-1]}".strip()
 
 
 def layers_of(networks: Iterable[str], groups: Iterable[str], pattern: str) -> list[Layer]:
