@@ -360,3 +360,23 @@ def test_committed_results_can_be_read() -> None:
 def test_tables_of_the_page_are_those_of_the_files() -> None:
     page = (ROOT / "docs/performance.md").read_text()
     assert report.TABLE.search(page) and report.with_tables(page) == page, "run benchmarks/report.py --page"
+
+
+def test_winograd_is_an_option_where_it_may_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimize = fastseq.optimize
+    asked: list[str] = []
+
+    def with_option(model: torch.nn.Module, *, winograd: str = "auto") -> torch.nn.Module:
+        asked.append(winograd)
+        return optimize(model)
+
+    monkeypatch.setattr(fastseq, "optimize", with_option)
+    layer = layers.conv(8, 8, 3, 8)
+    plain, x = layer.build(), layer.example()
+    for variant in layers.winograd_variants(layer):
+        layers.prepare(plain, x, layers.exact_result(plain, x), variant)
+    assert asked == ["auto", "off"]
+    for other in (layers.conv(8, 8, 3, 8, stride=2), layers.conv(8, 8, 1, 8), layers.linear(8, 8, 1)):
+        assert layers.winograd_variants(other) == [layers.OWN_CHOICE]
+    monkeypatch.setattr(fastseq, "optimize", lambda model: optimize(model))
+    assert layers.winograd_variants(layer) == [layers.OWN_CHOICE]
