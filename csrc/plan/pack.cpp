@@ -40,11 +40,11 @@ PackedPtr pack_conv2d(const StepSpec& spec, const std::vector<int>& panels, int 
     const int64_t width = panel.vectors * lanes;
     const int64_t filled = std::min<int64_t>(width, spec.out - panel.first_lane);
     float* dst = packed->weight->data() + panel.weight_offset;
-    for (int64_t lane = 0; lane < filled; ++lane) {
-      const float* src = spec.weight + (panel.first_lane + lane) * c_in * taps;
-      for (int64_t c = 0; c < c_in; ++c)
-        for (int64_t t = 0; t < taps; ++t) dst[(t * c_in + c) * width + lane] = src[c * taps + t];
-    }
+    // Each lane's weights are read in order; written are whole rows of lanes.
+    const float* const src = spec.weight + panel.first_lane * c_in * taps;
+    for (int64_t c = 0; c < c_in; ++c)
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t lane = 0; lane < filled; ++lane) dst[(t * c_in + c) * width + lane] = src[(lane * c_in + c) * taps + t];
   }
   return packed;
 }
