@@ -14,7 +14,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test fuzz bench lint format clean distclean FORCE
+.PHONY: help venv build demo test test-aarch64 fuzz bench lint format clean distclean FORCE
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -24,7 +24,7 @@ STAMPS := $(VENV)/.fastseq
 say = @printf '== %s\n'
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 # --- environment and build: each step leaves a stamp, so that a second run does only what is out of date --------------
 
@@ -82,6 +82,13 @@ test: build ## run the tests
 	$(say) "test: pytest -q $(PYTEST_ARGS)"
 	@$(PY) -m fastseq
 	@$(PY) -m pytest -q $(PYTEST_ARGS) && echo "== test: PASSED" || { echo "== test: FAILED" >&2; exit 1; }
+
+# The test itself is part of `make test`, where it is skipped without these tools.
+test-aarch64: build ## run the kernels' tests on an emulated aarch64 CPU
+	@command -v aarch64-linux-gnu-g++ >/dev/null && { command -v qemu-aarch64-static || command -v qemu-aarch64; } >/dev/null || \
+	    { echo "No aarch64 cross compiler or no qemu: on Debian and Ubuntu, apt install g++-aarch64-linux-gnu qemu-user-static" >&2; exit 1; }
+	$(say) "test-aarch64: pytest -q tests/test_kernel_harness.py -k aarch64"
+	@$(PY) -m pytest -q tests/test_kernel_harness.py -k aarch64
 
 fuzz: build ## compare random models, plain and optimised (FUZZ_ARGS="--cases 20000 --jobs 2")
 	$(say) "fuzz: python -m tests.fuzz $(FUZZ_ARGS)"

@@ -12,13 +12,8 @@ from typing import Any
 from setuptools import setup
 
 ENV = runpy.run_path("fastseq/_env.py")  # the package itself imports torch, which may be absent here
+CPU = runpy.run_path("csrc/build_cpu.py")
 CUDA = runpy.run_path("csrc/build_cuda.py")
-
-# One binary for every CPU of an architecture: no -march here, the per-ISA files open their own target regions.
-CXX_FLAGS = ["-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
-RELEASE_FLAGS = ["-O3", "-g0", "-DNDEBUG"]
-DEBUG_FLAGS = ["-O1", "-g", "-UNDEBUG"]
 
 
 def say(text: str) -> None:
@@ -100,8 +95,8 @@ def native() -> dict[str, Any]:
     if cuda:
         sources.remove("csrc/kernels/cuda/no_engine.cpp")  # engine.cu has it
     # Torch's headers as system headers: -Wextra is meant for ours.
-    cxx_flags = CXX_FLAGS + [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    cxx_flags += DEBUG_FLAGS if debug else RELEASE_FLAGS
+    cxx_flags = CPU["CXX_FLAGS"] + [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    cxx_flags += CPU["DEBUG_FLAGS" if debug else "RELEASE_FLAGS"]
     say(f"torch {torch.__version__}, {kind}, {len(sources)} C++ files")
     extension = cpp_extension.CppExtension(
         "fastseq._C",

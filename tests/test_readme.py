@@ -53,9 +53,9 @@ def test_readme_lists_the_patterns() -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=relative)
 def test_make_targets_exist(path: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     shell = "\n".join(blocks(path, "sh", "bash"))
-    named = re.findall(r"^make ([a-z]+)", shell, re.MULTILINE) + re.findall(r"`make ([a-z]+)", path.read_text())
+    named = re.findall(r"^make ([a-z0-9-]+)", shell, re.MULTILINE) + re.findall(r"`make ([a-z0-9-]+)", path.read_text())
     assert set(named) <= targets
 
 

@@ -76,14 +76,18 @@ def compile_emulated(sources: Iterable[str | Path], out: str, extra_flags: Itera
 
 def make_objects(sources: Iterable[str | Path], extra_flags: Iterable[str] = ()) -> list[Path]:
     """The objects of `sources`, relative to the root, compiled for the emulated grid unless they are there already."""
-    command = [compiler(), *FLAGS, *extra_flags]
-    BUILD.mkdir(parents=True, exist_ok=True)
+    return compile_objects([compiler(), *FLAGS, *extra_flags], sources, BUILD)
+
+
+def compile_objects(command: list[str], sources: Iterable[str | Path], folder: Path) -> list[Path]:
+    """The objects that `command`, a compiler and its flags, makes of `sources`, unless they are in `folder` already."""
+    folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: str | Path) -> Path:
         path = ROOT / source
         parts = ["\n".join(command), *(file.read_text() for file in sorted(with_includes(path)))]
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-        return make(BUILD / f"{path.stem}-{digest}.o", *command, "-c", str(path), "-o")
+        return make(folder / f"{path.stem}-{digest}.o", *command, "-c", str(path), "-o")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, sources))

@@ -4,22 +4,14 @@
 namespace fastseq::cpu {
 namespace {
 
-bool cpu_has_avx2() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
+bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 bool cpu_has_avx512() {
-#if defined(__x86_64__)
   return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-#else
-  return false;
-#endif
 }
+#endif
 
 std::string tile_name(const char* op, const KernelSet& set, int rows, int vectors) {
   return std::string(op) + "_f32__" + set.isa + "_" + std::to_string(rows) + "x" + std::to_string(vectors * set.lanes);
