@@ -14,7 +14,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-aarch64 fuzz bench lint format clean distclean FORCE
+.PHONY: help venv build demo test test-aarch64 aarch64-tools fuzz bench lint format clean distclean FORCE
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -84,9 +84,11 @@ test: build ## run the tests
 	@$(PY) -m pytest -q $(PYTEST_ARGS) && echo "== test: PASSED" || { echo "== test: FAILED" >&2; exit 1; }
 
 # The test itself is part of `make test`, where it is skipped without these tools.
-test-aarch64: build ## run the kernels' tests on an emulated aarch64 CPU
+aarch64-tools:
 	@command -v aarch64-linux-gnu-g++ >/dev/null && { command -v qemu-aarch64-static || command -v qemu-aarch64; } >/dev/null || \
 	    { echo "No aarch64 cross compiler or no qemu: on Debian and Ubuntu, apt install g++-aarch64-linux-gnu qemu-user-static" >&2; exit 1; }
+
+test-aarch64: aarch64-tools build ## run the kernels' tests on an emulated aarch64 CPU
 	$(say) "test-aarch64: pytest -q tests/test_kernel_harness.py -k aarch64"
 	@$(PY) -m pytest -q tests/test_kernel_harness.py -k aarch64
 

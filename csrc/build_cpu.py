@@ -1,4 +1,4 @@
-"""The flags that csrc/ is compiled with for the CPU: setup.py adds torch's, tests/ compile kernels and plans without torch."""
+"""The flags that csrc/ is compiled with for the CPU. setup.py adds torch's; tests compile kernels and plans without."""
 
 # One binary for every CPU of an architecture: no -march here, the per-ISA files open their own target regions.
 CXX_FLAGS = ["-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]

@@ -1,4 +1,4 @@
-"""tests/kernel_harness.cpp: kernels and plans without torch, as the extension compiles them, with sanitizers, and for aarch64."""
+"""tests/kernel_harness.cpp: kernels and plans without torch, as in the extension, with sanitizers, and on aarch64."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ def build(name: str, cxx: str, *flags: str) -> Path:
 
 def run(*command: str | Path, **environment: str) -> dict[str, int]:
     """Instruction sets that the harness ran, each with its number of comparisons."""
-    done = subprocess.run(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, env={**os.environ, **environment}, timeout=900, **output)
     assert done.returncode == 0, f"status {done.returncode}:\n{done.stdout}"
     return {isa: int(count) for isa, count in re.findall(r"^(\w+): (\d+) comparisons$", done.stdout, re.MULTILINE)}
 
@@ -59,7 +58,7 @@ def test_with_sanitizers() -> None:
 
 
 def test_on_aarch64() -> None:
-    """The portable kernels and the plans compiled for NEON, by a cross compiler, on an emulated CPU."""
+    """The portable kernels, here NEON's, and the plans, from a cross compiler, on an emulated CPU."""
     cxx = shutil.which(AARCH64_COMPILER)
     emulator = next(filter(None, map(shutil.which, AARCH64_EMULATORS)), None)
     if not cxx or not emulator:
