@@ -800,8 +800,9 @@ void check_plans(const KernelSet& set, bool by_winograd) {
         }
         expect_same(whole, to_nhwc_output ? to_nhwc(usual, kImages, output.channels, output.h * output.w) : usual, how);
         const size_t per_image = whole.size() / kImages;
-        for (int threads : {1, 2, 3})
+        for (int threads : {1, 2})
           for (int64_t batch = 1; batch <= kImages; ++batch) {
+            if ((is_nhwc || to_nhwc_output) && batch != threads + 1) continue;  // all of them for one layout is enough
             const int64_t first = random.below(kImages - batch + 1);
             const std::vector<float> part(whole.begin() + first * per_image, whole.begin() + (first + batch) * per_image);
             expect_same(run(*plan, in, first, batch, threads), part,
