@@ -11,7 +11,9 @@ constexpr int kPatch = cpu::kWinogradPatch, kPoints = cpu::kWinogradPoints;
 
 // Costs in fused multiply-adds of one vector, measured on Zen 4 with AVX-512 (the ratios hold for AVX2): a patch and vector of
 // input channels, a tile and vector of output channels, and the share of the peak that the products and the direct tiles reach.
-constexpr double kInputCost = 220, kOutputCost = 190, kSmallInputCost = 90, kProductShare = 0.96, kDirectShare = 0.93;
+constexpr double kInputCost = 220, kOutputCost = 190, kProductShare = 0.96, kDirectShare = 0.93;
+// The same with few channels; with few registers as well, most of what waits for the second half of the transform is spilled.
+constexpr double kFewInputCost = 90, kFewOutputCost = 170, kFewSpilledOutputCost = 360;
 // Weights that are used for few tiles arrive at this many floats per multiply-add, from L3.
 constexpr double kStreamFloats = 6;
 // Groups: small where the transformed weights stay in L2, larger where each group streams them again.
@@ -88,7 +90,7 @@ bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set) {
   const double direct = pixels * out_vectors * c_in * taps / kDirectShare;
   double transforms, products = tiles * kPoints * c_in * out_vectors / kProductShare;
   if (has_few_channels(shape)) {
-    transforms = tiles * (kSmallInputCost + out_vectors * kOutputCost);
+    transforms = tiles * (kFewInputCost + out_vectors * (set.lanes < kMostLanes ? kFewSpilledOutputCost : kFewOutputCost));
   } else {
     transforms = tiles * (in_vectors * kInputCost + out_vectors * kOutputCost);
     const double stream = kPoints * c_in * out_vectors * static_cast<double>(set.lanes) / kStreamFloats;

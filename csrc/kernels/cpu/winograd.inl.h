@@ -78,15 +78,17 @@ static FASTSEQ_INLINE void transform_patch(const Load& load_at, const Store& sto
   transform_half<V>(true, load_at, store_at);
 }
 
-// V[point][tile][c] for all channels of some tiles.
+// V[point][tile][c] for all channels of some tiles: a cache line of channels at a time, tiles inside.
 static void winograd_input(const WinogradInputJob& job) {
-  for (int32_t c = 0; c < job.channels; c += kLanes)
-    for (int32_t t = 0; t < job.tiles; ++t) {
-      const float* const src = job.src[t] + c;
-      float* const dst = job.dst + t * job.dst_tile_stride + c;
-      transform_patch<Vec>([&](int i, int j) { return load(src + i * job.src_row_stride + j * job.src_pitch); },
-                           [&](int i, int j, Vec v) { store(dst + (i * 6 + j) * job.dst_point_stride, v); });
-    }
+  constexpr int32_t kLine = kLanes < 16 ? 16 : kLanes;
+  for (int32_t line = 0; line < job.channels; line += kLine)
+    for (int32_t t = 0; t < job.tiles; ++t)
+      for (int32_t c = line; c < line + kLine && c < job.channels; c += kLanes) {
+        const float* const src = job.src[t] + c;
+        float* const dst = job.dst + t * job.dst_tile_stride + c;
+        transform_patch<Vec>([&](int i, int j) { return load(src + i * job.src_row_stride + j * job.src_pitch); },
+                             [&](int i, int j, Vec v) { store(dst + (i * 6 + j) * job.dst_point_stride, v); });
+      }
 }
 
 // dst[row][lane] = sum_k src[row][k] * weight[k][lane] for kRowsT rows, `blocks` times. A chain of additions as long as the
