@@ -15,7 +15,7 @@ from fastseq.loading import current_load
 from fastseq.matcher import EagerSegment, Match, cut
 from fastseq.plan import CompiledMatch, hold
 from fastseq.program import CHANGED
-from fastseq.sequential import COMPILED, KINDS
+from fastseq.sequential import COMPILED, KINDS, install_lane
 from fastseq.straight_line import StraightLine, straight_line, user_class
 
 # The key in __dict__ of the pause between two attempts to trace a forward.
@@ -138,6 +138,8 @@ def fused_class(kind: type) -> type:
             "__call__": FunctionType(code, call.__globals__, call.__name__, call.__defaults__, call.__closure__),
         }
         made = _classes[kind] = type(kind.__name__, (FusedModule, kind), names)
+        if _native.is_loaded():
+            install_lane(made)
     return made
 
 

@@ -80,7 +80,11 @@ class CompiledMatch:
     """A match with its native runs, and the program that executes both.
 
     `before`: what the owner ran so far; its counters are carried on. `line`: where the match is that of a forward.
+    `lane`: the program that a call of the owner may run before any Python, see csrc/bindings/lane.h; None for those that
+    are Python themselves.
     """
+
+    __slots__ = ("__dict__", "__weakref__", "lane")
 
     def __init__(
         self, owner: nn.Module, match: Match, before: CompiledMatch | None = None, line: StraightLine | None = None
@@ -127,7 +131,9 @@ class CompiledMatch:
             if load() is not False:  # made in the middle of it
                 self.hold(load)
         # An instance's own forward runs at each call; it may ask for the class's forward, and gets that one fused.
-        self.call = self.program.call if "forward" not in owner.__dict__ else lambda *_: refused
+        has_own_forward = "forward" in owner.__dict__
+        self.call = (lambda *_: refused) if has_own_forward else self.program.call
+        self.lane = self.program if type(self.program) is module.Program and not has_own_forward else None
         self.attempt = self.program.attempt
 
     def __deepcopy__(self, memo: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ class FusedSequential(nn.Sequential):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # The fast lane: nn.Module.__call__ alone takes longer than a small network.
+        # nn.Module.__call__ alone takes longer than a small network. In calls of an instance the fast lane comes even
+        # before this: see csrc/bindings/lane.h.
         if not is_compiling() and len(args) == 1 and not kwargs:
             compiled = self.__dict__.get(COMPILED)
             if compiled is not None:
@@ -77,6 +79,7 @@ class FusedSequential(nn.Sequential):
             return None
         compiled = CompiledMatch(self, match(self, KINDS), before)
         self.__dict__[COMPILED] = compiled
+        _install_lane()
         return compiled
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -89,6 +92,20 @@ class FusedSequential(nn.Sequential):
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != COMPILED}
 
+
+@functools.cache
+def _install_lane() -> None:
+    """Once: whoever assigns to `FusedSequential.__call__` afterwards takes the lane out, and it stays out."""
+    if FusedSequential.__dict__["__call__"] is _CALL:
+        install_lane(FusedSequential)
+
+
+def install_lane(kind: type) -> None:
+    """Calls of instances of `kind` begin in native code."""
+    _native.module().install_lane(kind, COMPILED, CompiledMatch)
+
+
+_CALL = FusedSequential.__dict__["__call__"]
 
 # What is flattened for execution.
 KINDS = (nn.Sequential, FusedSequential)

@@ -12,7 +12,9 @@ namespace {
 constexpr size_t kMostPlans = 8;
 // Weights up to this size are read whole to see whether they changed; of larger ones a sample of cache lines.
 constexpr int64_t kExactFloats = 16 * 1024;
-constexpr int64_t kSampleLines = 64, kLineFloats = 16;
+// Work of at least this many microseconds lets other Python threads run meanwhile. To let go of the interpreter's lock and take it
+// again costs a tenth of one where nobody wants it, and until the next switch where somebody does.
+constexpr double kShortMicroseconds = 20;
 
 }  // namespace
 
@@ -45,13 +47,7 @@ int64_t CpuRun::packed_bytes() const {
 uint64_t CpuRun::fingerprint(const at::Tensor& tensor) const {
   const float* data = static_cast<const float*>(tensor.const_data_ptr());
   const int64_t count = tensor.numel();  // dense in some order of its dimensions, so exactly this stretch of memory
-  if (count <= kExactFloats) return kernels_->fingerprint(data, count, 0);
-  uint64_t hash = 0;
-  for (int64_t i = 0; i < kSampleLines; ++i) {
-    const int64_t at = (count - kLineFloats) * i / (kSampleLines - 1);
-    hash = kernels_->fingerprint(data + at, kLineFloats, hash);
-  }
-  return hash;
+  return count <= kExactFloats ? kernels_->fingerprint(data, count) : kernels_->fingerprint_sample(data, count);
 }
 
 const CpuRun::Entry* CpuRun::find(const Signature& signature) {
@@ -108,22 +104,30 @@ std::optional<at::Tensor> CpuRun::call_as_planned(const at::Tensor& input, const
 }
 
 at::Tensor CpuRun::run(const Entry& entry, const at::Tensor& input, const InputView& view) {
-  const PlanPtr plan = entry.plan;
-  const OutputSpec& output = plan->output();
+  const OutputSpec& output = entry.plan->output();
   check_unbatched(view, shape_, output, entry.output_is_nhwc);
 
   const at::MemoryFormat format = view.signature.format();
-  const at::Tensor src = input.is_contiguous(format) ? input : input.contiguous(format);
+  at::Tensor dense;
+  if (!input.is_contiguous(format)) dense = input.contiguous(format);
+  const at::Tensor& src = dense.defined() ? dense : input;
   std::optional<at::MemoryFormat> out_format;
   if (entry.output_is_nhwc && output.is_spatial) out_format = at::MemoryFormat::ChannelsLast;
   at::Tensor dst = at::detail::empty_cpu(output_sizes(input, view, shape_, output), at::kFloat, /*pin_memory=*/false, out_format);
 
-  last_plan_ = plan;
-  {
-    py::gil_scoped_release release;
-    RECORD_FUNCTION("fastseq::run", std::vector<c10::IValue>({src}));
-    plan->run(static_cast<const float*>(src.const_data_ptr()), static_cast<float*>(dst.mutable_data_ptr()), view.batch,
-              at::get_num_threads());
+  if (last_plan_ != entry.plan) last_plan_ = entry.plan;
+  const auto compute = [&](const Plan& plan, const at::Tensor& from, int threads) {
+    RECORD_FUNCTION("fastseq::run", std::vector<c10::IValue>({from}));
+    plan.run(static_cast<const float*>(from.const_data_ptr()), static_cast<float*>(dst.mutable_data_ptr()), view.batch, threads);
+  };
+  if (entry.plan->microseconds(view.batch) < kShortMicroseconds) {
+    compute(*entry.plan, src, 1);
+  } else {
+    // Other threads may drop the plan meanwhile, and swap the input's tensor for another.
+    const PlanPtr plan = entry.plan;
+    const at::Tensor from = src;
+    const py::gil_scoped_release release;
+    compute(*plan, from, at::get_num_threads());
   }
   return dst;
 }

@@ -3,6 +3,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <set>
 #include <utility>
@@ -16,24 +17,28 @@ constexpr c10::DispatchKeySet plain_keys(c10::DispatchKey backend, c10::Dispatch
   return c10::DispatchKeySet({backend, c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView, autograd});
 }
 
+uint64_t all_but_plain(c10::DeviceType device) {
+  static const uint64_t cpu = ~plain_keys(c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU).raw_repr();
+  static const uint64_t cuda = ~plain_keys(c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA).raw_repr();
+  return device == c10::DeviceType::CUDA ? cuda : cpu;
+}
+
 // What the dispatcher would see of a plain tensor outside every transform. One test of all other bits replaces a list of checks
 // and cannot miss a mode that a later torch adds: functorch, FakeTensor, autocast, tracing, neg and conj bits, sparse, nested,
 // quantized, mkldnn.
 bool has_only_plain_keys(c10::DispatchKeySet keys, c10::DeviceType device) {
-  static const uint64_t cpu = plain_keys(c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU).raw_repr();
-  static const uint64_t cuda = plain_keys(c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA).raw_repr();
   const auto local = c10::impl::tls_local_dispatch_key_set();
   const c10::DispatchKeySet effective = (keys | local.included_) - local.excluded_;
-  return (effective.raw_repr() & ~(device == c10::DeviceType::CUDA ? cuda : cpu)) == 0;
+  return (effective.raw_repr() & all_but_plain(device)) == 0;
+}
+
+// Every tensor has its device's key of autocast, which a thread excludes unless autocast is active.
+c10::DispatchKey autocast_key(c10::DeviceType device) {
+  return device == c10::DeviceType::CUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
 }
 
 // Storage that was resized to nothing, as sharding does between uses, leaves the sizes as they were.
-bool has_lost_storage(const at::Tensor& tensor) { return tensor.numel() > 0 && !tensor.const_data_ptr(); }
-
-// Forward-mode tangents flow even under no_grad. Only tensors with autograd metadata can have one.
-bool has_tangent(const at::Tensor& tensor) {
-  return tensor.unsafeGetTensorImpl()->autograd_meta() && tensor._fw_grad(/*level=*/0).defined();
-}
+bool has_lost_storage(const at::Tensor& tensor) { return tensor.numel() > 0 && !data_of(*tensor.unsafeGetTensorImpl()); }
 
 constexpr Reason kTangent = "forward-mode differentiation is active";
 
@@ -56,10 +61,19 @@ Backend backend_of(const at::Tensor& input) {
 
 const at::Tensor* exact_tensor(PyObject* object) { return THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr; }
 
+bool are_plain(c10::DispatchKeySet keys, c10::DeviceType device) {
+  return (keys.remove(autocast_key(device)).raw_repr() & all_but_plain(device)) == 0;
+}
+
+// Forward-mode tangents flow even under no_grad. Only tensors with autograd metadata can have one.
+bool has_tangent(const at::Tensor& tensor) {
+  const auto* const meta = static_cast<torch::autograd::AutogradMeta*>(tensor.unsafeGetTensorImpl()->autograd_meta());
+  return meta && meta->fw_grad_ && tensor._fw_grad(/*level=*/0).defined();
+}
+
 Reason active_mode(c10::DeviceType device) {
   if (at::impl::torch_function_mode_enabled()) return "a torch function mode is active";
-  const auto autocast = device == c10::DeviceType::CUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
-  if (!c10::impl::tls_is_dispatch_key_excluded(autocast)) return "autocast is active";
+  if (!c10::impl::tls_is_dispatch_key_excluded(autocast_key(device))) return "autocast is active";
   if (!has_only_plain_keys(c10::DispatchKeySet(), device)) return "a dispatch mode, transform or tracing is active";
   return nullptr;
 }

@@ -32,6 +32,18 @@ Reason refuse_input(const at::Tensor& input, Backend backend);
 // The same of a layer's parameter, which must also have the input's device and dtype.
 Reason refuse_parameter(const at::Tensor& parameter, const at::Tensor& input);
 
+// Whether keys are those of a plain tensor in any thread without an active mode, and whether a tensor has a forward-mode tangent: of
+// a tensor that was looked at before, and has the keys it had, the second alone has to be asked again.
+bool are_plain(c10::DispatchKeySet keys, c10::DeviceType device);
+bool has_tangent(const at::Tensor& tensor);
+
+// The tensor's memory, or null where it has none.
+inline const void* data_of(const c10::TensorImpl& tensor) {
+  const c10::Storage& storage = tensor.unsafe_storage();
+  if (!storage || !storage.data()) return nullptr;
+  return static_cast<const char*>(storage.data()) + static_cast<int64_t>(tensor.itemsize()) * tensor.storage_offset();
+}
+
 // The number of in-place changes, or 0 for an inference tensor, which keeps none.
 uint32_t version_of(const at::Tensor& tensor);
 

@@ -7,6 +7,7 @@
 
 #include "bindings/frames.h"
 #include "bindings/from_python.h"
+#include "bindings/lane.h"
 #include "bindings/native_run.h"
 #include "bindings/program.h"
 #include "bindings/watch.h"
@@ -94,6 +95,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_disabled", set_disabled, py::arg("is_disabled"), "Run all calls of this thread eager; returns what was so before.");
   m.def("is_calling", is_calling, py::arg("ident"), py::arg("code"), py::arg("name"), py::arg("value"),
         "Whether a thread is inside a call of `code` whose local variable `name` is `value`.");
+  m.def("install_lane", install_lane, py::arg("type"), py::arg("key"), py::arg("match"),
+        "Calls of the type's instances try the program in the slot `lane` of `instance.__dict__[key]`, a `match`, before any Python.");
   m.def("fma_peak", fma_peak, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 
   py::class_<ModuleWatch, std::shared_ptr<ModuleWatch>>(m, "ModuleWatch")

@@ -9,13 +9,18 @@ constexpr uintptr_t kAlignment = 16;  // what CUDA kernels ask for
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kAlignment == 0; }
 
-// Whether `state` describes `object` with the contents it had.
+// Whether `state` describes `object` with the contents it had. No mode is active, so a tensor of the same plain keys passes the gate
+// again if it has no tangent.
 bool is_fresh(const ParameterState& state, PyObject* object, const at::Tensor& input, const Parameters::Fingerprint& fingerprint) {
   if (!object || object != state.object.ptr()) return false;
   if (object == Py_None) return true;
-  const at::Tensor* tensor = exact_tensor(object);
-  return tensor && tensor->unsafeGetTensorImpl() == state.tensor && !refuse_parameter(*tensor, input) &&
-         tensor->const_data_ptr() == state.data && version_of(*tensor) == state.version && tensor->device() == state.device &&
+  const at::Tensor* const tensor = exact_tensor(object);
+  if (!tensor || tensor->unsafeGetTensorImpl() != state.tensor) return false;
+  const c10::TensorImpl& impl = *tensor->unsafeGetTensorImpl();
+  const bool passes = impl.key_set() == state.keys && state.device == input.device() && state.dtype == input.scalar_type()
+                          ? !has_tangent(*tensor)
+                          : !refuse_parameter(*tensor, input);
+  return passes && data_of(impl) == state.data && version_of(*tensor) == state.version && tensor->device() == state.device &&
          tensor->scalar_type() == state.dtype && tensor->sizes().equals(state.sizes) && tensor->strides().equals(state.strides) &&
          (!fingerprint || fingerprint(*tensor) == state.fingerprint);
 }
@@ -39,7 +44,8 @@ Reason adopt(ParameterState& state, PyObject* object, bool is_required, const at
   if (Reason reason = refuse_parameter(*tensor, input)) return reason;
   if (!tensor->is_non_overlapping_and_dense() || tensor->numel() == 0) return "a parameter is empty, or not dense in memory";
   state.tensor = tensor->unsafeGetTensorImpl();
-  state.data = tensor->const_data_ptr();
+  if (are_plain(tensor->key_set(), tensor->device().type())) state.keys = tensor->key_set();
+  state.data = data_of(*tensor->unsafeGetTensorImpl());
   state.version = version_of(*tensor);
   state.device = tensor->device();
   state.dtype = tensor->scalar_type();
@@ -61,9 +67,10 @@ Reason Parameters::check(const at::Tensor& input, bool records_grad, const Finge
   for (size_t i = 0; i < steps_.size(); ++i) {
     changes_[i] = Change::kNone;
     if (steps_[i].layer < 0) continue;
+    PyObject* const* const objects = watches_[static_cast<size_t>(steps_[i].layer)]->current_parameters();
     for (size_t which = 0; which < 2; ++which) {
       ParameterState& state = states_[2 * i + which];
-      PyObject* const object = watches_[static_cast<size_t>(steps_[i].layer)]->parameter(which);
+      PyObject* const object = objects[which];
       if (!is_fresh(state, object, input, fingerprint)) {
         ParameterState before = std::move(state);
         if (Reason reason = adopt(state, object, which == 0, input, fingerprint)) refused = reason;

@@ -17,6 +17,7 @@ namespace fastseq {
 struct ParameterState {
   py::object object;
   const void* tensor = nullptr;  // the TensorImpl
+  c10::DispatchKeySet keys;      // none where they are plain only because of what the thread excluded
   const void* data = nullptr;
   uint32_t version = 0;
   uint64_t fingerprint = 0;  // of the contents; CPU only

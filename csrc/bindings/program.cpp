@@ -126,17 +126,6 @@ bool check_arguments(const char* method, Py_ssize_t count) {
   return false;
 }
 
-// call(module, input) -> result, or the type Refused itself if Module.__call__ must take over.
-PyObject* program_call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  if (!check_arguments("call", count)) return nullptr;
-  State& state = *state_of(self);
-  Reason reason = refuse_all(state, args[0], true);
-  PyObject* const result = reason ? nullptr : run_segments(state, args[1], reason);
-  return result || PyErr_Occurred() ? result : Py_NewRef(refused_type);
-  END_HANDLE_TH_ERRORS
-}
-
 // forward(module, input) -> result, or the reason (Refused) why eager must compute it; 'changed' asks for a new program.
 PyObject* program_forward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -167,6 +156,21 @@ Reason refuse_whole(const State& state, PyObject* owner, PyObject* input) {
   if (const Reason reason = refuse_all(state, owner, true)) return reason;
   if (!state.has_native) return has_changed_segment(state) ? kChanged : "nothing to fuse";
   return state.segments.size() > 1 ? refuse_segments(input) : nullptr;
+}
+
+// The result of a call of the owner, or null: with an exception set, or because Module.__call__ must take over, which counts why.
+PyObject* run_or_refuse(State& state, PyObject* owner, PyObject* input) {
+  Reason reason = state.forwards.empty() ? refuse_all(state, owner, true) : refuse_whole(state, owner, input);
+  return reason ? nullptr : run_segments(state, input, reason);
+}
+
+// call(module, input) -> result, or the type Refused itself if Module.__call__ must take over.
+PyObject* program_call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (!check_arguments("call", count)) return nullptr;
+  PyObject* const result = run_or_refuse(*state_of(self), args[0], args[1]);
+  return result || PyErr_Occurred() ? result : Py_NewRef(refused_type);
+  END_HANDLE_TH_ERRORS
 }
 
 // refuses(module, input) -> None, or the reason (Refused) for which attempt would not begin.
@@ -328,6 +332,14 @@ PyType_Spec refused_spec = {"fastseq._C.Refused", 0, 0, Py_TPFLAGS_DEFAULT, refu
 PyType_Spec program_spec = {"fastseq._C.Program", sizeof(Program), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, program_slots};
 
 }  // namespace
+
+bool is_program(PyObject* object) { return object && Py_TYPE(object)->tp_dealloc == program_dealloc; }
+
+PyObject* run_program(PyObject* program, PyObject* owner, PyObject* input) {
+  HANDLE_TH_ERRORS
+  return run_or_refuse(*state_of(program), owner, input);
+  END_HANDLE_TH_ERRORS
+}
 
 void add_program_types(py::module_& module) {
   PyObject* const type = PyType_FromSpec(&program_spec);

@@ -1,21 +1,16 @@
 #include "bindings/watch.h"
 
+#include <algorithm>
 #include <array>
 
 namespace fastseq {
 namespace {
-
-// Interned names live as long as the process: no destruction order at interpreter exit to think of.
-PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
 const std::array<PyObject*, 4>& hook_names() {
   static const std::array<PyObject*, 4> names = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
                                                  interned("_backward_hooks"), interned("_backward_pre_hooks")};
   return names;
 }
-
-// The dictionary's value, borrowed, or null. The keys are interned strings, so no comparison can raise.
-PyObject* find(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }
 
 PyObject* forward_name() {
   static PyObject* const name = interned("forward");
@@ -34,10 +29,10 @@ ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attr
       type_(Py_TYPE(module_)),
       children_(std::move(children)),
       names_(std::move(names)) {
-  if (!is_owner_) Py_INCREF(module_);
   forward_ = py::reinterpret_borrow<py::object>(type_forward(type_));
-  const py::dict values = dict();
-  const auto value_of = [&](PyObject* key) { return py::reinterpret_borrow<py::object>(find(values.ptr(), key)); };
+  PyObject* const values = dict_of(module_);
+  if (!values) throw py::type_error("ModuleWatch expects an object with a __dict__");
+  const auto value_of = [&](PyObject* key) { return py::reinterpret_borrow<py::object>(find(values, key)); };
   own_forward_ = value_of(forward_name());
   for (const std::string& name : attributes) {
     PyObject* key = PyUnicode_InternFromString(name.c_str());
@@ -45,6 +40,8 @@ ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attr
   }
   for (const std::string& name : parameters)
     parameters_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str())));
+  found_parameters_.resize(parameters_.size());
+  if (!is_owner_) Py_INCREF(module_);
 }
 
 ModuleWatch::~ModuleWatch() {
@@ -61,54 +58,105 @@ int ModuleWatch::traverse(visitproc visit, void* arg) const {
   return 0;
 }
 
-py::object ModuleWatch::dict() const { return py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module_, nullptr)); }
-
-WatchResult ModuleWatch::check(bool check_hooks) const {
+// Compares what `values`, the module's __dict__, holds by itself; and remembers the dictionaries in it.
+bool ModuleWatch::has_changed(PyObject* values) const {
   static PyObject* const modules_name = interned("_modules");
+  static PyObject* const parameters_name = interned("_parameters");
   static PyObject* const compiled_name = interned("_compiled_call_impl");
-  if (Py_TYPE(module_) != type_ || type_forward(type_) != forward_.ptr()) return WatchResult::kChanged;
-  const py::object holder = dict();
-  PyObject* const values = holder.ptr();
-  if (!values) {
-    PyErr_Clear();
-    return WatchResult::kChanged;
-  }
   for (const auto& [name, expected] : attributes_)
-    if (find(values, name.ptr()) != expected.ptr()) return WatchResult::kChanged;
+    if (find(values, name.ptr()) != expected.ptr()) return true;
   // A parameter of the same name in __dict__ would hide the registered one.
   for (const py::object& name : parameters_)
-    if (find(values, name.ptr())) return WatchResult::kChanged;
-  if (find(values, forward_name()) != own_forward_.ptr()) return WatchResult::kChanged;
-  if (children_) {
-    PyObject* const modules = find(values, modules_name);
-    const Py_ssize_t count = static_cast<Py_ssize_t>(children_->size());
-    if (!modules || !PyDict_Check(modules) || PyDict_GET_SIZE(modules) != count) return WatchResult::kChanged;
-    PyObject *key, *child;
-    Py_ssize_t position = 0;
-    for (Py_ssize_t i = 0; PyDict_Next(modules, &position, &key, &child); ++i) {
-      if (child != PyTuple_GET_ITEM(children_->ptr(), i)) return WatchResult::kChanged;
-      if (!names_) continue;
-      PyObject* const name = PyTuple_GET_ITEM(names_->ptr(), i);
-      if (key != name && PyUnicode_Compare(key, name) != 0) return WatchResult::kChanged;
-    }
+    if (find(values, name.ptr())) return true;
+  if (find(values, forward_name()) != own_forward_.ptr()) return true;
+  const auto dict_named = [&](PyObject* name) {
+    PyObject* const found = find(values, name);
+    return found && PyDict_Check(found) ? found : nullptr;
+  };
+  modules_ = dict_named(modules_name);
+  parameters_dict_ = dict_named(parameters_name);
+  std::transform(hook_names().begin(), hook_names().end(), hooks_.begin(), dict_named);
+  PyObject* const compiled = find(values, compiled_name);
+  is_compiled_ = compiled && compiled != Py_None;
+  dict_stamp_.remember(values);
+  return false;
+}
+
+bool ModuleWatch::has_other_children() const {
+  const Py_ssize_t count = static_cast<Py_ssize_t>(children_->size());
+  if (!modules_ || PyDict_GET_SIZE(modules_) != count) return true;
+  PyObject *key, *child;
+  Py_ssize_t position = 0;
+  for (Py_ssize_t i = 0; PyDict_Next(modules_, &position, &key, &child); ++i) {
+    if (child != PyTuple_GET_ITEM(children_->ptr(), i)) return true;
+    if (!names_) continue;
+    PyObject* const name = PyTuple_GET_ITEM(names_->ptr(), i);
+    if (key != name && PyUnicode_Compare(key, name) != 0) return true;
   }
+  children_stamp_.remember(modules_);
+  return false;
+}
+
+WatchResult ModuleWatch::check(bool check_hooks) const {
+  if (Py_TYPE(module_) != type_) return WatchResult::kChanged;
+  if (!type_stamp_.is_of(reinterpret_cast<PyObject*>(type_))) {
+    if (type_forward(type_) != forward_.ptr()) return WatchResult::kChanged;
+    type_stamp_.remember(reinterpret_cast<PyObject*>(type_));
+  }
+  PyObject* const values = dict_of(module_);
+  if (!values) return WatchResult::kChanged;
+  if (!dict_stamp_.is_of(values) && has_changed(values)) return WatchResult::kChanged;
+  if (children_ && !(modules_ && children_stamp_.is_of(modules_)) && has_other_children()) return WatchResult::kChanged;
   if (check_hooks) {
-    PyObject* const compiled = find(values, compiled_name);
-    if (compiled && compiled != Py_None) return WatchResult::kHooked;
-    for (PyObject* name : hook_names()) {
-      PyObject* const hooks = find(values, name);
-      if (!hooks || !PyDict_Check(hooks)) return WatchResult::kChanged;
+    if (is_compiled_) return WatchResult::kHooked;
+    for (PyObject* hooks : hooks_) {
+      if (!hooks) return WatchResult::kChanged;
       if (PyDict_GET_SIZE(hooks) != 0) return WatchResult::kHooked;
     }
   }
   return WatchResult::kSame;
 }
 
-PyObject* ModuleWatch::parameter(size_t index) const {
+PyObject* const* ModuleWatch::current_parameters() const {
   static PyObject* const parameters_name = interned("_parameters");
-  const py::object holder = dict();
-  PyObject* const parameters = holder.ptr() ? find(holder.ptr(), parameters_name) : nullptr;
-  return parameters && PyDict_Check(parameters) ? find(parameters, parameters_[index].ptr()) : nullptr;
+  PyObject* const values = dict_of(module_);
+  PyObject* dict = values && dict_stamp_.is_of(values) ? parameters_dict_ : values ? find(values, parameters_name) : nullptr;
+  if (dict && !PyDict_Check(dict)) dict = nullptr;
+  if (dict && parameters_stamp_.is_of(dict)) return found_parameters_.data();
+  std::transform(parameters_.begin(), parameters_.end(), found_parameters_.begin(),
+                 [&](const py::object& name) { return dict ? find(dict, name.ptr()) : nullptr; });
+  if (dict) {
+    parameters_stamp_.remember(dict);
+  } else {
+    parameters_stamp_.forget();
+  }
+  return found_parameters_.data();
+}
+
+void Lookups::add(py::object holder, py::object key, py::object value) {
+  if (!PyType_Check(holder.ptr()) && !PyDict_Check(holder.ptr())) throw py::type_error("expected dictionaries and classes");
+  if (std::find(holders_.begin(), holders_.end(), holder.ptr()) == holders_.end()) {
+    holders_.push_back(holder.ptr());
+    stamps_.emplace_back();
+  }
+  PyObject* interned_key = key.release().ptr();
+  PyUnicode_InternInPlace(&interned_key);
+  lookups_.push_back({std::move(holder), py::reinterpret_steal<py::object>(interned_key), std::move(value)});
+}
+
+std::optional<size_t> Lookups::changed() const {
+  bool is_known = true;
+  for (size_t i = 0; i < holders_.size() && is_known; ++i) is_known = stamps_[i].is_of(holders_[i]);
+  if (is_known) return std::nullopt;
+  for (size_t i = 0; i < lookups_.size(); ++i) {
+    const Lookup& l = lookups_[i];
+    PyObject* const found = PyType_Check(l.holder.ptr())
+                                ? _PyType_Lookup(reinterpret_cast<PyTypeObject*>(l.holder.ptr()), l.key.ptr())
+                                : find(l.holder.ptr(), l.key.ptr());
+    if (found != l.value.ptr()) return i;
+  }
+  for (size_t i = 0; i < holders_.size(); ++i) stamps_[i].remember(holders_[i]);
+  return std::nullopt;
 }
 
 ForwardWatch::ForwardWatch(py::object function, const std::vector<std::tuple<py::object, py::str, py::object>>& names)
@@ -116,30 +164,17 @@ ForwardWatch::ForwardWatch(py::object function, const std::vector<std::tuple<py:
   if (!PyFunction_Check(function_.ptr())) throw py::type_error("ForwardWatch expects a Python function");
   code_ = py::reinterpret_borrow<py::object>(PyFunction_GET_CODE(function_.ptr()));
   for (const auto& [holder, key, value] : names) {
-    if (!PyType_Check(holder.ptr()) && !PyDict_Check(holder.ptr())) throw py::type_error("ForwardWatch expects dicts and classes");
-    PyObject* interned_key = py::object(key).release().ptr();
-    PyUnicode_InternInPlace(&interned_key);
-    names_.push_back({holder, py::reinterpret_steal<py::object>(interned_key), value});
+    const bool is_absent = PyType_Check(holder.ptr()) && value.is_none();
+    names_.add(holder, key, is_absent ? py::object() : value);
   }
 }
 
-bool ForwardWatch::is_same() const {
-  if (PyFunction_GET_CODE(function_.ptr()) != code_.ptr()) return false;
-  for (const Name& name : names_) {
-    if (PyType_Check(name.holder.ptr())) {
-      PyObject* const found = _PyType_Lookup(reinterpret_cast<PyTypeObject*>(name.holder.ptr()), name.key.ptr());
-      if (found != (name.value.is_none() ? nullptr : name.value.ptr())) return false;
-    } else if (find(name.holder.ptr(), name.key.ptr()) != name.value.ptr()) {
-      return false;
-    }
-  }
-  return true;
-}
+bool ForwardWatch::is_same() const { return PyFunction_GET_CODE(function_.ptr()) == code_.ptr() && !names_.changed(); }
 
 int ForwardWatch::traverse(visitproc visit, void* arg) const {
   Py_VISIT(function_.ptr());
   Py_VISIT(code_.ptr());
-  for (const Name& name : names_) {
+  for (const Lookups::Lookup& name : names_.all()) {
     Py_VISIT(name.holder.ptr());
     Py_VISIT(name.key.ptr());
     Py_VISIT(name.value.ptr());
@@ -149,16 +184,10 @@ int ForwardWatch::traverse(visitproc visit, void* arg) const {
 
 Reason refuse_globally() {
   if (is_disabled()) return "fastseq.disabled() is active in this thread";
-  struct Original {
-    PyObject *holder, *name, *value;  // holder: a class, or the dictionary of a module
-    Reason reason;
-    PyObject* found() const {
-      return PyType_Check(holder) ? _PyType_Lookup(reinterpret_cast<PyTypeObject*>(holder), name) : find(holder, name);
-    }
-  };
   struct Globals {
     std::vector<PyObject*> hooks;
-    std::vector<Original> originals;
+    Lookups originals;
+    std::vector<Reason> reasons;  // of each lookup
   };
   static const Globals* const globals = [] {
     auto* g = new Globals;
@@ -171,16 +200,15 @@ Reason refuse_globally() {
       const auto [owner, name, value] = entry.cast<std::tuple<py::object, std::string, py::object>>();
       const std::string path = py::str(owner.attr("__name__")).cast<std::string>() + "." + name;
       py::object holder = PyType_Check(owner.ptr()) ? owner : py::object(owner.attr("__dict__"));
-      g->originals.push_back(
-          {holder.release().ptr(), interned(name.c_str()), py::object(value).release().ptr(), lasting(path + " was replaced")});
+      g->originals.add(std::move(holder), py::str(name), value);
+      g->reasons.push_back(lasting(path + " was replaced"));
     }
     return g;
   }();
   for (PyObject* hooks : globals->hooks)
     if (PyDict_GET_SIZE(hooks) != 0) return "hooks for all modules are registered";
-  for (const Original& original : globals->originals)
-    if (original.found() != original.value) return original.reason;
-  return nullptr;
+  const std::optional<size_t> replaced = globals->originals.changed();
+  return replaced ? globals->reasons[*replaced] : nullptr;
 }
 
 }  // namespace fastseq

@@ -5,10 +5,13 @@
 #include <Python.h>
 #include <pybind11/pybind11.h>
 
+#include <array>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "bindings/gate.h"
+#include "bindings/versions.h"
 
 namespace fastseq {
 
@@ -30,13 +33,14 @@ class ModuleWatch {
 
   WatchResult check(bool check_hooks = true) const;
 
-  // The parameter object, borrowed; null if the module no longer has it (None is returned as such).
-  PyObject* parameter(size_t index) const;
+  // The parameter objects in the order of `parameters`, borrowed; null for one that the module no longer has (None is given as such).
+  PyObject* const* current_parameters() const;
   // For the garbage collector: the references held here.
   int traverse(visitproc visit, void* arg) const;
 
  private:
-  py::object dict() const;
+  bool has_changed(PyObject* values) const;
+  bool has_other_children() const;
 
   PyObject* module_;
   bool is_owner_;
@@ -46,6 +50,33 @@ class ModuleWatch {
   std::vector<std::pair<py::object, py::object>> attributes_;
   std::vector<py::object> parameters_;
   std::optional<py::tuple> children_, names_;
+
+  // What the last look found, for the next one to start from: valid while the stamps are those of the class, of the module's
+  // __dict__, and of the dictionaries in it. Borrowed: the stamped __dict__ refers to them.
+  mutable Stamp type_stamp_, dict_stamp_, children_stamp_, parameters_stamp_;
+  mutable std::array<PyObject*, 4> hooks_ = {};  // null: not a dictionary
+  mutable PyObject *modules_ = nullptr, *parameters_dict_ = nullptr;
+  mutable bool is_compiled_ = false;
+  mutable std::vector<PyObject*> found_parameters_;
+};
+
+// Names in dictionaries of modules and in classes, and what was found there.
+class Lookups {
+ public:
+  // value: of a class, null stands for nothing by that name.
+  struct Lookup {
+    py::object holder, key, value;
+  };
+
+  void add(py::object holder, py::object key, py::object value);
+  // The index of a name that stands for something else now, or nothing.
+  std::optional<size_t> changed() const;
+  const std::vector<Lookup>& all() const { return lookups_; }
+
+ private:
+  std::vector<Lookup> lookups_;
+  std::vector<PyObject*> holders_;  // each once
+  mutable std::vector<Stamp> stamps_;
 };
 
 // What a forward of Python code was traced from: the function's code, and what its global names, torch's functions and the
@@ -60,12 +91,8 @@ class ForwardWatch {
   int traverse(visitproc visit, void* arg) const;
 
  private:
-  struct Name {
-    py::object holder, key, value;
-  };
-
   py::object function_, code_;
-  std::vector<Name> names_;
+  Lookups names_;
 };
 
 // Null, or what concerns all modules and so leaves every run to eager: hooks registered for all of them, or another function in

@@ -162,10 +162,14 @@ void Plan::run(const float* src, float* dst, int64_t batch, int threads) const {
   if (batch > 0) Executor(*this).run(src, dst, batch, threads);
 }
 
+double Plan::microseconds(int64_t batch) const {
+  return std::max(static_cast<double>(batch) * flops_ / kFlopsPerMicrosecond,
+                  static_cast<double>(weight_bytes_) / kBytesPerMicrosecond);
+}
+
 int Executor::useful_threads(int64_t batch, int threads) const {
   if (threads <= 1 || omp_in_parallel()) return 1;
-  const double micros = std::max(static_cast<double>(batch) * plan_.flops_ / kFlopsPerMicrosecond,
-                                 static_cast<double>(plan_.weight_bytes_) / kBytesPerMicrosecond);
+  const double micros = plan_.microseconds(batch);
   const double per_thread = lost_threads_in_fork() ? kMicrosecondsPerNewThread : kMicrosecondsPerThread;
   if (micros < 2 * per_thread) return 1;
   return static_cast<int>(std::min<double>(threads, micros / per_thread));
@@ -191,10 +195,12 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
   const bool has_spatial = !plan_.spatial_.empty(), has_linear = !plan_.linear_.empty();
   const bool splits = plan_.splits_at_linear_;
   Lease arenas(plan_.arenas_), scratch(plan_.scratch_);
-  std::vector<Workspace> at(static_cast<size_t>(threads));
-  for (Workspace& w : at) {
-    w.arena = arenas.add(plan_.arena_floats_ + std::min(batch, plan_.group_images_) * plan_.image_floats_);
-    if (plan_.thread_floats_) w.scratch = scratch.add(plan_.thread_floats_);
+  Workspace alone;  // a short call should not allocate
+  std::vector<Workspace> several(static_cast<size_t>(threads > 1 ? threads : 0));
+  Workspace* const at = threads > 1 ? several.data() : &alone;
+  for (int thread = 0; thread < threads; ++thread) {
+    at[thread].arena = arenas.add(plan_.arena_floats_ + std::min(batch, plan_.group_images_) * plan_.image_floats_);
+    if (plan_.thread_floats_) at[thread].scratch = scratch.add(plan_.thread_floats_);
   }
   float* const all_features = splits ? scratch.add(batch * plan_.features_) : nullptr;
 
@@ -209,7 +215,7 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
     for (float*& h : hidden) h = scratch.add(batch * plan_.rows_stride_);
 
   auto work = [&](int thread, int count, Barrier& barrier) {
-    Workspace own = at[static_cast<size_t>(thread)];
+    Workspace own = at[thread];
     for (int64_t u; (u = next_unit.fetch_add(1, std::memory_order_relaxed)) < units;) {
       const int64_t first = batch * u / units, last = batch * (u + 1) / units;
       if (!has_spatial) {

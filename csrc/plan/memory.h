@@ -42,16 +42,19 @@ class Lease {
  public:
   explicit Lease(BufferPool& pool) : pool_(pool) {}
   ~Lease() {
-    for (BufferPtr& buffer : buffers_) pool_.give_back(std::move(buffer));
+    pool_.give_back(std::move(first_));
+    for (BufferPtr& buffer : others_) pool_.give_back(std::move(buffer));
   }
   float* add(int64_t floats) {
-    buffers_.push_back(pool_.take(floats));
-    return buffers_.back()->data();
+    if (!first_) return (first_ = pool_.take(floats))->data();
+    others_.push_back(pool_.take(floats));
+    return others_.back()->data();
   }
 
  private:
   BufferPool& pool_;
-  std::vector<BufferPtr> buffers_;
+  BufferPtr first_;  // a short call needs one, and no vector
+  std::vector<BufferPtr> others_;
 };
 
 }  // namespace fastseq

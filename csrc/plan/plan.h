@@ -79,6 +79,9 @@ class Plan {
   // src, dst: `batch` images or rows, dense, in the layouts of the signature. At most `threads` threads take part.
   void run(const float* src, float* dst, int64_t batch, int threads) const;
 
+  // A rough estimate of one thread's time: to decide how many a call is worth, not to predict it.
+  double microseconds(int64_t batch) const;
+
   const OutputSpec& output() const { return output_; }
   std::vector<StepInfo> describe() const;
   // Per thread, or per image where rows are shared out.

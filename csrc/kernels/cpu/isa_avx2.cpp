@@ -21,8 +21,9 @@ constexpr int kProductRows1 = 12, kProductRows2 = 6, kProductRows3 = 4, kProduct
 #include "kernels/cpu/vector.inl.h"
 
 typedef uint64_t HalfWords __attribute__((vector_size(32)));
-static FASTSEQ_INLINE HalfWords multiply_halves(HalfWords v) {
-  return reinterpret_cast<HalfWords>(_mm256_mul_epu32(reinterpret_cast<__m256i>(v), reinterpret_cast<__m256i>(v >> 32)));
+// The products of the low halves.
+static FASTSEQ_INLINE HalfWords multiply_low(HalfWords a, HalfWords b) {
+  return reinterpret_cast<HalfWords>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 }
 
 #include "kernels/cpu/kernel_set.inl.h"

@@ -18,8 +18,9 @@ constexpr char kIsa[] = "avx512";
 #include "kernels/cpu/vector.inl.h"
 
 typedef uint64_t HalfWords __attribute__((vector_size(64)));
-static FASTSEQ_INLINE HalfWords multiply_halves(HalfWords v) {
-  return reinterpret_cast<HalfWords>(_mm512_mul_epu32(reinterpret_cast<__m512i>(v), reinterpret_cast<__m512i>(v >> 32)));
+// The products of the low halves.
+static FASTSEQ_INLINE HalfWords multiply_low(HalfWords a, HalfWords b) {
+  return reinterpret_cast<HalfWords>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 }
 
 #include "kernels/cpu/kernel_set.inl.h"

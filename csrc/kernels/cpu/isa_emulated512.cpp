@@ -16,7 +16,8 @@ constexpr char kIsa[] = "emulated512";
 #include "kernels/cpu/vector.inl.h"
 
 typedef uint64_t HalfWords __attribute__((vector_size(64)));
-static FASTSEQ_INLINE HalfWords multiply_halves(HalfWords v) { return (v & 0xffffffffull) * (v >> 32); }
+// The products of the low halves.
+static FASTSEQ_INLINE HalfWords multiply_low(HalfWords a, HalfWords b) { return (a & 0xffffffffull) * (b & 0xffffffffull); }
 
 #include "kernels/cpu/kernel_set.inl.h"
 

@@ -65,7 +65,7 @@ static constexpr KernelSet make_kernel_set() {
   add_small_winograd<kMostSmallChannels>(set);
   set.pool_row = pool_row;
   set.transpose = transpose;
-  set.fingerprint = fingerprint;
+  set.fingerprint = fingerprint, set.fingerprint_sample = fingerprint_sample;
   set.fma_probe = fma_probe;
   return set;
 }

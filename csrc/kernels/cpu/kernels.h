@@ -109,8 +109,10 @@ using PoolRow = void (*)(const PoolRowJob& job);
 using Transpose = void (*)(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t rows_out, int64_t cols_out,
                            bool can_overread);
 
-// A 64-bit mix of `count` floats in which every bit and every position counts.
-using Fingerprint = uint64_t (*)(const float* src, int64_t count, uint64_t seed);
+// A 64-bit hash of `count` floats in which every bit and every position counts; the sample's is of kSampleLines lines of
+// kLineFloats among them, the first and the last included.
+using Fingerprint = uint64_t (*)(const float* src, int64_t count);
+constexpr int kSampleLines = 64, kLineFloats = 16;
 
 // Multiply-adds at full rate for `iterations` rounds; returns the floating point operations done. For measuring the machine's peak.
 using FmaProbe = double (*)(int64_t iterations, float* sink);
@@ -134,7 +136,7 @@ struct KernelSet {
   WinogradOutput winograd_small_output[2][kMostSmallChannels + 1];  // 3x3 only, by whether it pools
   PoolRow pool_row;
   Transpose transpose;
-  Fingerprint fingerprint;
+  Fingerprint fingerprint, fingerprint_sample;
   FmaProbe fma_probe;
 };
 
