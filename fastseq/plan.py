@@ -80,8 +80,7 @@ class CompiledMatch:
     """A match with its native runs, and the program that executes both.
 
     `before`: what the owner ran so far; its counters are carried on. `line`: where the match is that of a forward.
-    `lane`: the program that a call of the owner may run before any Python, see csrc/bindings/lane.h; None for those that
-    are Python themselves.
+    `lane`: the program that a call of the owner may run before any Python, see csrc/bindings/lane.h, or None.
     """
 
     __slots__ = ("__dict__", "__weakref__", "lane")

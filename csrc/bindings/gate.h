@@ -32,8 +32,8 @@ Reason refuse_input(const at::Tensor& input, Backend backend);
 // The same of a layer's parameter, which must also have the input's device and dtype.
 Reason refuse_parameter(const at::Tensor& parameter, const at::Tensor& input);
 
-// Whether keys are those of a plain tensor in any thread without an active mode, and whether a tensor has a forward-mode tangent: of
-// a tensor that was looked at before, and has the keys it had, the second alone has to be asked again.
+// Whether keys are those of a plain tensor in any thread without an active mode, and whether a tensor has a forward-mode tangent:
+// of a tensor that was looked at before, and has the keys it had, the second alone has to be asked again.
 bool are_plain(c10::DispatchKeySet keys, c10::DeviceType device);
 bool has_tangent(const at::Tensor& tensor);
 

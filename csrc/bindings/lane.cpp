@@ -13,7 +13,7 @@ struct Lane {
   ternaryfunc generic = nullptr;  // CPython's own, which looks __call__ up
   PyObject* key = nullptr;
   PyTypeObject* match = nullptr;
-  Py_ssize_t offset = 0;  // of the slot in an object of `match`
+  Py_ssize_t offset = 0;                          // of the slot in an object of `match`
   PyObject *compiler = nullptr, *flag = nullptr;  // torch.compiler.is_compiling() reads this global name
   Stamp compiler_stamp;                           // of a state in which it was False
 };

@@ -96,7 +96,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("is_calling", is_calling, py::arg("ident"), py::arg("code"), py::arg("name"), py::arg("value"),
         "Whether a thread is inside a call of `code` whose local variable `name` is `value`.");
   m.def("install_lane", install_lane, py::arg("type"), py::arg("key"), py::arg("match"),
-        "Calls of the type's instances try the program in the slot `lane` of `instance.__dict__[key]`, a `match`, before any Python.");
+        "Calls of the type's instances try the program in the slot `lane` of `instance.__dict__[key]`, a `match`, before any "
+        "Python.");
   m.def("fma_peak", fma_peak, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 
   py::class_<ModuleWatch, std::shared_ptr<ModuleWatch>>(m, "ModuleWatch")

@@ -9,8 +9,8 @@ constexpr uintptr_t kAlignment = 16;  // what CUDA kernels ask for
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kAlignment == 0; }
 
-// Whether `state` describes `object` with the contents it had. No mode is active, so a tensor of the same plain keys passes the gate
-// again if it has no tangent.
+// Whether `state` describes `object` with the contents it had. No mode is active, so a tensor of the same plain keys passes the
+// gate again if it has no tangent.
 bool is_fresh(const ParameterState& state, PyObject* object, const at::Tensor& input, const Parameters::Fingerprint& fingerprint) {
   if (!object || object != state.object.ptr()) return false;
   if (object == Py_None) return true;

@@ -33,7 +33,8 @@ class ModuleWatch {
 
   WatchResult check(bool check_hooks = true) const;
 
-  // The parameter objects in the order of `parameters`, borrowed; null for one that the module no longer has (None is given as such).
+  // The parameter objects in the order of `parameters`, borrowed; null for one that the module no longer has (None is given as
+  // such).
   PyObject* const* current_parameters() const;
   // For the garbage collector: the references held here.
   int traverse(visitproc visit, void* arg) const;
