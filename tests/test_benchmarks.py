@@ -298,6 +298,15 @@ def test_tuner(tmp_path: Path) -> None:
         assert f"| {row['layer']} |" in table.read_text()
 
 
+def test_parts_of_a_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, table = tmp_path / "blocks.json", tmp_path / "table.md"
+    run("bench_call", *FEW, "--json", str(path), "--markdown", str(table))
+    blocks = json.loads(path.read_text())
+    assert {"module", "allocation", "liveness", "smallest", "network", "eager"} < set(blocks)
+    assert all(len(times) == 2 and min(times) > 0 for times in blocks.values())
+    assert table.read_text() == capsys.readouterr().out and "network less smallest" in table.read_text()
+
+
 def test_memory(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     run_process("bench_memory", "--cases", "mlp", "--repeats", "1", "--json", str(path))
@@ -341,7 +350,7 @@ def test_bad_arguments(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["bench_layers", "tune", "bench_memory"])
+@pytest.mark.parametrize("script", ["bench_layers", "bench_call", "tune", "bench_memory"])
 def test_nothing_is_measured_without_kernels(
     script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
