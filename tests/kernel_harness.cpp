@@ -480,30 +480,50 @@ void check_fingerprint(const KernelSet& set, Fingerprint fingerprint, Random& ra
   for (int64_t count : {0, 1, 7, 8, 63, 64, 65, 128, 131, 300}) {
     const std::string what = text("%s fingerprint of %d floats", set.isa, static_cast<int>(count));
     std::vector<float> src = random.values(count);
-    const uint64_t usual = fingerprint(src.data(), count, 5);
-    expect(fingerprint(src.data(), count, 5) == usual, what + " is not the same again");
-    expect(fingerprint(src.data(), count, 6) != usual, what + " does not depend on the seed");
+    const uint64_t usual = fingerprint(src.data(), count);
+    expect(fingerprint(src.data(), count) == usual, what + " is not the same again");
     for (int64_t shift = 1; shift < 4; ++shift) {
       std::vector<float> moved(static_cast<size_t>(count + shift));
       std::copy(src.begin(), src.end(), moved.begin() + shift);
-      expect(fingerprint(moved.data() + shift, count, 5) == usual, what + " depends on the alignment");
+      expect(fingerprint(moved.data() + shift, count) == usual, what + " depends on the alignment");
     }
-    if (count > 0) expect(fingerprint(src.data(), count - 1, 5) != usual, what + " does not depend on their number");
+    if (count > 0) expect(fingerprint(src.data(), count - 1) != usual, what + " does not depend on their number");
     for (int64_t i = 0; i < count; ++i) {
       const float kept = src[i];
       uint32_t changed = bits(kept) ^ (1u << random.below(32));
       std::memcpy(&src[i], &changed, sizeof changed);
-      expect(fingerprint(src.data(), count, 5) != usual, what + " misses a bit");
+      expect(fingerprint(src.data(), count) != usual, what + " misses a bit");
       src[i] = -kept;
-      expect(fingerprint(src.data(), count, 5) != usual, what + " misses a sign");
+      expect(fingerprint(src.data(), count) != usual, what + " misses a sign");
       src[i] = kept;
       const int64_t other = random.below(count);
       if (bits(src[other]) == bits(kept)) continue;
       std::swap(src[i], src[other]);
-      expect(fingerprint(src.data(), count, 5) != usual, what + " misses an exchange");
+      expect(fingerprint(src.data(), count) != usual, what + " misses an exchange");
       std::swap(src[i], src[other]);
     }
   }
+}
+
+// Every float of every line it says to read counts, and no other.
+void check_fingerprint_sample(const KernelSet& set, Fingerprint fingerprint, Random& random) {
+  const int64_t count = 20011;
+  std::vector<float> src = random.values(count);
+  std::vector<bool> is_read(static_cast<size_t>(count));
+  for (int64_t line = 0; line < kSampleLines; ++line)
+    for (int64_t i = 0; i < kLineFloats; ++i)
+      is_read[static_cast<size_t>((count - kLineFloats) * line / (kSampleLines - 1) + i)] = true;
+  const std::string what = text("%s sampled fingerprint", set.isa);
+  const uint64_t usual = fingerprint(src.data(), count);
+  expect(is_read.front() && is_read.back(), what + " covers both ends");
+  for (int64_t i = 0; i < count; i += i + 40 < count ? 1 + random.below(3) : 1) {
+    const float kept = src[static_cast<size_t>(i)];
+    src[static_cast<size_t>(i)] = -kept;
+    expect((fingerprint(src.data(), count) != usual) == is_read[static_cast<size_t>(i)],
+           what + text(" at %d", static_cast<int>(i)));
+    src[static_cast<size_t>(i)] = kept;
+  }
+  expect(fingerprint(src.data(), count) == usual, what + " is not the same again");
 }
 
 void check_fma_probe(const KernelSet& set, FmaProbe fma_probe) {
@@ -857,7 +877,7 @@ void check_isa(const KernelSet& set) {
   // All members by name: with one more this does not compile before the new one has its check here.
   const auto& [isa, lanes, max_rows, pool_rows, preferred_vectors, preferred_pool_vectors, tile, pool_tile, row_tile, row_panels,
                product_rows, product, winograd_input, winograd_small_input, winograd_output, winograd_small_output, pool_row,
-               transpose, fingerprint, fma_probe] = set;
+               transpose, fingerprint, fingerprint_sample, fma_probe] = set;
   const std::string name = isa;
   Random random(3);
 
@@ -923,6 +943,7 @@ void check_isa(const KernelSet& set) {
   check_pool_row(set, pool_row, random);
   check_transpose(set, transpose, random);
   check_fingerprint(set, fingerprint, random);
+  check_fingerprint_sample(set, fingerprint_sample, random);
   check_fma_probe(set, fma_probe);
   check_kernel_list(set);
   check_plans(set, false);
@@ -936,7 +957,7 @@ void check_agreement(const std::vector<const KernelSet*>& sets) {
   for (const KernelSet* a : sets)
     for (const KernelSet* b : sets)
       if (a->lanes == b->lanes)
-        expect(a->fingerprint(src.data(), 1000, 1) == b->fingerprint(src.data(), 1000, 1),
+        expect(a->fingerprint(src.data(), 1000) == b->fingerprint(src.data(), 1000),
                std::string(a->isa) + " and " + b->isa + " make different fingerprints");
 }
 

@@ -1,10 +1,11 @@
 #include "bindings/cpu_run.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/record_function.h>
 
 #include <algorithm>
+
+#include "bindings/output_memory.h"
 
 namespace fastseq {
 namespace {
@@ -113,7 +114,7 @@ at::Tensor CpuRun::run(const Entry& entry, const at::Tensor& input, const InputV
   const at::Tensor& src = dense.defined() ? dense : input;
   std::optional<at::MemoryFormat> out_format;
   if (entry.output_is_nhwc && output.is_spatial) out_format = at::MemoryFormat::ChannelsLast;
-  at::Tensor dst = at::detail::empty_cpu(output_sizes(input, view, shape_, output), at::kFloat, /*pin_memory=*/false, out_format);
+  at::Tensor dst = empty_output(output_sizes(input, view, shape_, output), out_format);
 
   if (last_plan_ != entry.plan) last_plan_ = entry.plan;
   const auto compute = [&](const Plan& plan, const at::Tensor& from, int threads) {
