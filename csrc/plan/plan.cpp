@@ -11,8 +11,10 @@ namespace {
 
 // Weights beyond this are read once per call rather than once per block of rows: half of a common L2.
 constexpr int64_t kCachedWeightBytes = int64_t{256} << 10;
-// Weights beyond this are read for several images at once where they outweigh the maps.
-constexpr int64_t kWideWeightBytes = int64_t{768} << 10;
+// Weights beyond L2, or beyond a share of L3, and the rows of products that hide their way from there: with fewer in an image,
+// images are taken together.
+constexpr int64_t kFarWeightBytes = int64_t{768} << 10, kFarthestWeightBytes = int64_t{12} << 20;
+constexpr int64_t kFarRows = 14, kFarthestRows = 28;
 // Linear weights beyond this are worth a pass of their own over the batch.
 constexpr int64_t kSplitWeightBytes = int64_t{1} << 20;
 // A block holds about this many pixels: enough to amortise the call, little enough to stay in L1.
@@ -169,16 +171,16 @@ class PlanBuilder {
     floats += round_up(map.size + kSlack, 16);
   }
 
-  // The first step whose weights outweigh an image's maps and do not stay in L2 from one image to the next.
+  // The first step whose weights come from far away and serve so few tiles of an image that this takes longer than the products.
   size_t first_wide_step(const std::vector<StepSpec>& steps) const {
     for (size_t i = 0; i < uses_winograd_.size(); ++i) {
       if (steps[i].op != Op::kConv2d) continue;
-      const StepSpec& spec = steps[i];
-      const int64_t points = uses_winograd_[i] ? cpu::kWinogradPoints : spec.conv.k_h * spec.conv.k_w;
-      const int64_t weights = points * spec.in * spec.out * 4;
-      const Size src = sizes_[i], dst = sizes_[i + 1];
-      const int64_t maps = (src.channels * src.h * src.w + dst.channels * dst.h * dst.w) * 4;
-      if (weights > kWideWeightBytes && weights > maps) return i;
+      const ConvShape shape = conv_shape(steps[i], i);
+      const int64_t points = uses_winograd_[i] ? cpu::kWinogradPoints : shape.window.k_h * shape.window.k_w;
+      const int64_t weights = points * shape.c_in * shape.c_out * static_cast<int64_t>(sizeof(float));
+      const int64_t side = uses_winograd_[i] ? cpu::kWinogradPatch + 1 - shape.window.k_h : 1;
+      const int64_t rows = ((shape.h + side - 1) / side) * ((shape.w + side - 1) / side);
+      if (weights > kFarWeightBytes && rows < (weights > kFarthestWeightBytes ? kFarthestRows : kFarRows)) return i;
     }
     return uses_winograd_.size();
   }
