@@ -13,9 +13,14 @@ namespace {
 constexpr size_t kMostPlans = 8;
 // Weights up to this size are read whole to see whether they changed; of larger ones a sample of cache lines.
 constexpr int64_t kExactFloats = 16 * 1024;
-// Work of at least this many microseconds lets other Python threads run meanwhile. To let go of the interpreter's lock and take it
-// again costs a tenth of one where nobody wants it, and until the next switch where somebody does.
+// Less work than this keeps the interpreter's lock where no other Python thread could want it: to let go of it and take it again is
+// a tenth of a microsecond. Where there are others it is let go of always, since a thread that has to ask for it waits for 5 ms.
 constexpr double kShortMicroseconds = 20;
+
+bool is_only_python_thread() {
+  PyThreadState* const head = PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(PyThreadState_Get()));
+  return !PyThreadState_Next(head);
+}
 
 }  // namespace
 
@@ -121,7 +126,7 @@ at::Tensor CpuRun::run(const Entry& entry, const at::Tensor& input, const InputV
     RECORD_FUNCTION("fastseq::run", std::vector<c10::IValue>({from}));
     plan.run(static_cast<const float*>(from.const_data_ptr()), static_cast<float*>(dst.mutable_data_ptr()), view.batch, threads);
   };
-  if (entry.plan->microseconds(view.batch) < kShortMicroseconds) {
+  if (entry.plan->microseconds(view.batch) < kShortMicroseconds && is_only_python_thread()) {
     compute(*entry.plan, src, 1);
   } else {
     // Other threads may drop the plan meanwhile, and swap the input's tensor for another.

@@ -225,26 +225,27 @@ static void winograd_small_input(const WinogradInputJob& job) {
   }
 }
 
+// Vectors outside, tiles inside: the weights of one vector and the patches of the tiles stay in L1 together.
 template <int kOut, bool kPool, int kChannels>
 static void winograd_small_output(const WinogradOutputJob& job) {
   const Vec lower = splat(job.lower);
-  for (int32_t t = 0; t < job.tiles; ++t) {
-    Vec poison = load(job.poison + t * kLanes);
-    const float* const v = job.src + t * job.src_tile_stride;
-    for (int32_t lane = 0; lane < job.lanes; lane += kLanes) {
-      const float* const weight = job.weight + lane * kWinogradPoints * kChannels;
+  for (int32_t lane = 0; lane < job.lanes; lane += kLanes) {
+    const float* const weight = job.weight + lane * kWinogradPoints * kChannels;
+    const Vec bias = load(job.bias + lane);
+    for (int32_t t = 0; t < job.tiles; ++t) {
+      const float* const v = job.src + t * job.src_tile_stride;
       Vec columns[kOut][6];
 #pragma GCC unroll 6
       for (int j = 0; j < 6; ++j) {
         Vec at[6], y[kOut];
 #pragma GCC unroll 6
         for (int i = 0; i < 6; ++i) {
-          at[i] = Vec{};
+          const int point = i * 6 + j;
 #pragma GCC unroll 4
           for (int c = 0; c < kChannels; ++c) {
-            const int point = i * 6 + j;
-            const Vec w = *reinterpret_cast<const Vec*>(weight + (point * kChannels + c) * kLanes);
-            at[i] += splat(v[point * 4 + c]) * w;
+            const Vec term =
+                splat(v[point * kMostSmallChannels + c]) * *reinterpret_cast<const Vec*>(weight + (point * kChannels + c) * kLanes);
+            at[i] = c ? at[i] + term : term;
           }
         }
         from_points<kOut>(at, y);
@@ -254,8 +255,9 @@ static void winograd_small_output(const WinogradOutputJob& job) {
       Vec y[kOut][kOut];
 #pragma GCC unroll 4
       for (int i = 0; i < kOut; ++i) from_points<kOut>(columns[i], y[i]);
-      finish_tile<kOut, kPool>(job, y, t, lane, load(job.bias + lane), lower, poison);
+      Vec poison = load(job.poison + t * kLanes);
+      finish_tile<kOut, kPool>(job, y, t, lane, bias, lower, poison);
+      store(job.poison + t * kLanes, poison);
     }
-    store(job.poison + t * kLanes, poison);
   }
 }
