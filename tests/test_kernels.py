@@ -56,6 +56,7 @@ def layers_for(op: str, channels: int, k: int = 3) -> list[nn.Module]:
         "conv2d": lambda: [nn.Conv2d(k, channels, (1, 3))],
         "conv2d_maxpool2d": lambda: [nn.Conv2d(k, channels, (1, 3)), nn.MaxPool2d(2)],
         "linear": lambda: [nn.Linear(k, channels)],
+        "linear_in_place": lambda: [nn.Linear(k, channels)],
         "maxpool2d": lambda: [nn.MaxPool2d(3, 2, 1)],
     }[op]()
 
@@ -66,6 +67,7 @@ def shapes_for(op: str, rows: int, channels: int, k: int = 3) -> list[tuple[int,
         "conv2d": [(1, k, 1, rows + 2), (2, k, 5, rows + 2), (1, k, rows, 3)],
         "conv2d_maxpool2d": [(1, k, 2, 2 * rows + 2), (2, k, 7, 2 * rows + 3), (1, k, 2 * rows, 4)],
         "linear": [(rows, k)],
+        "linear_in_place": [(rows, k)],
         "maxpool2d": [(1, channels, 1, rows), (2, channels, 5, rows)],
     }[op]
 
@@ -73,7 +75,7 @@ def shapes_for(op: str, rows: int, channels: int, k: int = 3) -> list[tuple[int,
 def test_list() -> None:
     names = [row["name"] for row in KERNELS]
     assert len(set(names)) == len(names)
-    assert OPS == ["conv2d", "conv2d_maxpool2d", "linear", "maxpool2d"]
+    assert OPS == ["conv2d", "conv2d_maxpool2d", "linear", "linear_in_place", "maxpool2d"]
     for row in KERNELS:
         lanes = width(row) // row["vectors"]
         assert row["name"] == f"{row['op']}_f32__{row['isa']}_{row['rows']}x{row['vectors'] * lanes}"
@@ -138,7 +140,7 @@ def test_bits_do_not_depend_on_the_batch_size(kernel: dict[str, Any]) -> None:
     channels = 2 * width(kernel) + 3
     model = nn.Sequential(*layers_for(kernel["op"], channels, k=600)).eval()
     rows, *rest = shapes_for(kernel["op"], 3, channels, k=600)[0]
-    rows = 50 if kernel["op"] == "linear" else 7
+    rows = 50 if kernel["op"].startswith("linear") else 7
     fused = fastseq.optimize(model)
     x = torch.randn(rows, *rest)
     with torch.no_grad():
@@ -159,7 +161,7 @@ def test_bits_do_not_depend_on_the_tile(isa: str, op: str, monkeypatch: pytest.M
         if (row["isa"], row["op"]) == (isa, op):
             use_kernels(monkeypatch, isa, row["name"])
             results[row["name"]] = [run_fused(model, x) for model in models for x in inputs]
-    assert len(results) > 1 or op == "maxpool2d"
+    assert len(results) > 1 or op in ("maxpool2d", "linear_in_place")
     first = next(iter(results.values()))
     for name, result in results.items():
         assert all(map(torch.equal, result, first)), name

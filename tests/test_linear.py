@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from helpers import (
     assert_exact,
     integer_model,
     integers,
+    kernels_used,
     one_thread,  # noqa: F401
     run_fused,
     use_kernels,
@@ -141,6 +143,72 @@ def test_large_weights() -> None:
     for m in (1, 2, 5, 60):
         x = integers(m, 1500, limit=1)
         assert_exact(run_fused(model, x), model, x)
+
+
+IN_PLACE = "linear_in_place"
+
+
+@each_isa
+@pytest.mark.parametrize("k, n", [(1, 1), (15, 17), (64, 5), (128, 64), (700, 33), (2200, 130), (5000, 19)])
+def test_weights_in_place_give_the_bits_of_packed_ones(
+    isa: str, k: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights transposed in registers, packed rows, and both. k: several stretches, the last one odd."""
+    model = nn.Sequential(nn.Linear(k, n, bias=n % 2 == 0), *([nn.ReLU()] if n % 3 else [])).eval()
+    x = torch.randn(max(ROWS), k)
+    results = []
+    for kernel in ("linear_f32", IN_PLACE):
+        use_kernels(monkeypatch, isa, kernel)
+        fused = fastseq.optimize(model)
+        with torch.no_grad():
+            results.append([fused(x[:m]) for m in ROWS])
+        assert all(used.startswith(kernel) for used in kernels_used(fused))
+    assert all(map(torch.equal, *results))
+
+
+@each_isa
+def test_weights_in_place_behind_maps_and_in_chains(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features lie pixel by pixel, the weight's columns channel by channel."""
+    use_kernels(monkeypatch, isa, IN_PLACE)
+    layers = [nn.Conv2d(3, 17, 3), nn.ReLU(), nn.Flatten(), nn.Linear(17 * 20, 70), nn.ReLU(), nn.Linear(70, 9)]
+    model = integer_model(*layers, limit=1)
+    for batch in (1, 2, 13, 40):
+        x = integers(batch, 3, 6, 7, limit=1)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert_exact(run_fused(model, x), model, x)
+
+
+def test_special_values_with_weights_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kernels(monkeypatch, ISAS[0], IN_PLACE)
+    model = nn.Sequential(nn.Linear(40, 20), nn.ReLU()).eval()
+    x = torch.randn(70, 40)
+    x[3, 5], x[17, 0], x[69, 39] = math.nan, math.inf, -math.inf
+    with torch.no_grad():
+        model[0].weight[7, 3] = math.nan
+        expected = model(x)
+    torch.testing.assert_close(run_fused(model, x), expected, equal_nan=True)
+
+
+def test_weights_in_place_take_no_memory_and_are_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a write that nothing tells of, and whose place no sample of a large tensor looks at."""
+    use_kernels(monkeypatch, ISAS[0], IN_PLACE)
+    model = integer_model(nn.Linear(300, 200))
+    fused = fastseq.optimize(model)
+    x = integers(3, 300)
+    with torch.no_grad():
+        fused(x)
+        weight = fused[0].weight
+        (segment,) = fastseq.explain(fused).to_dict()["sequentials"][0]["segments"]
+        assert sum(step["packed_bytes"] for step in segment["steps"]) < weight.nbytes / 10
+        weight.detach().numpy()[123, 45] += 1
+        model[0].weight[123, 45] += 1
+        assert_exact(fused(x), model, x)
+        for replace in (lambda w: w * 2, lambda w: w.clone(), lambda w: (w + 1).t().contiguous().t()):
+            fused[0].weight.data = replace(fused[0].weight.data)
+            model[0].weight.data = fused[0].weight.data.clone()
+            assert_exact(fused(x), model, x)
+    assert not fastseq.stats(fused)["fallbacks"]
 
 
 REJECTED = {

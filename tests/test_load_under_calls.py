@@ -141,6 +141,33 @@ def test_answers_are_of_the_old_weights_or_of_the_new(way: str, loads: int, is_s
         assert not fastseq.stats(served.model)["fallbacks"]
 
 
+def test_weights_in_place_are_read_before_a_load_or_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not packed cannot answer from before: calls wait for the load, and the load for calls that have begun."""
+    monkeypatch.setenv("FASTSEQ_KERNEL", "linear_in_place")
+    served = Served("seed2", is_slow=True)
+    loading = threading.Event()
+    loading.set()
+
+    def caller(number: int) -> tuple[int, int]:
+        calls = wrong = 0
+        with torch.no_grad():
+            while loading.is_set() or not calls:
+                wrong += not served.is_right((number + calls) % len(served.inputs))
+                calls += 1
+        return calls, wrong
+
+    with ThreadPoolExecutor(4) as pool:
+        callers = [pool.submit(caller, number) for number in range(4)]
+        try:
+            for i in range(1, 13):
+                load(served, i, WAYS["either"](i))
+        finally:
+            loading.clear()
+        done = [one.result() for one in callers]
+    assert all(calls > 0 and not wrong for calls, wrong in done), done
+    assert not fastseq.stats(served.model)["fallbacks"]
+
+
 def test_a_call_during_a_load_does_not_wait_for_it() -> None:
     """The callers go on with the old weights: a load may take as long as it likes."""
     served = Served("lenet5", is_slow=False)

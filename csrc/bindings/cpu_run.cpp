@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/record_function.h>
+#include <unistd.h>
 
 #include <algorithm>
 
@@ -34,9 +35,27 @@ CpuRun::CpuRun(const std::vector<StepSource>& steps, RunShape shape, const std::
   if (!kernels_) throw std::invalid_argument("no kernels for ISA '" + isa_cap + "' on this machine");
 }
 
+// A call that reads parameters in place, for as long as it needs them to stay.
+class CpuRun::Reading {
+ public:
+  explicit Reading(CpuRun& run) : run_(run) {
+    if (run_.readers_process_ != getpid()) run_.readers_ = 0, run_.readers_process_ = getpid();
+    ++run_.readers_;
+  }
+  ~Reading() { --run_.readers_; }
+  Reading(const Reading&) = delete;
+  Reading& operator=(const Reading&) = delete;
+
+ private:
+  CpuRun& run_;
+};
+
+bool CpuRun::is_reading() const { return readers_ > 0 && readers_process_ == getpid(); }
+
 void CpuRun::forget_plans() {
   plans_.clear();
   packed_.clear();
+  copies_.clear();
 }
 
 void CpuRun::forget() {
@@ -47,6 +66,8 @@ void CpuRun::forget() {
 int64_t CpuRun::packed_bytes() const {
   int64_t bytes = 0;
   for (const auto& [key, packed] : packed_) bytes += packed->bytes();
+  for (const at::Tensor& copy : copies_)
+    if (copy.defined()) bytes += static_cast<int64_t>(copy.nbytes());
   return bytes;
 }
 
@@ -86,6 +107,9 @@ const CpuRun::Entry& CpuRun::plan_for(const Signature& signature, const Paramete
   options.allows_winograd = allows_winograd_;
   options.output_is_nhwc = sized.output_is_nhwc && !shape_.flattens_output;
   Entry entry{signature, Plan::build(signature.input_spec(), sized.specs, options, packed_), options.output_is_nhwc};
+  copies_.resize(steps_.size());
+  for (size_t step : entry.plan->in_place())
+    if (!copies_[step].defined() && !parameters.weight(step).is_contiguous()) copies_[step] = weights[step];
   plans_.insert(plans_.begin(), std::move(entry));
   ++plans_made_;
   if (plans_.size() > kMostPlans) plans_.pop_back();
@@ -100,16 +124,16 @@ void CpuRun::pack_again(const Parameters& parameters) {
 }
 
 at::Tensor CpuRun::call(const at::Tensor& input, const InputView& view, const Parameters& parameters) {
-  return run(plan_for(view.signature, parameters), input, view);
+  return run(plan_for(view.signature, parameters), input, view, &parameters);
 }
 
 std::optional<at::Tensor> CpuRun::call_as_planned(const at::Tensor& input, const InputView& view) {
   const Entry* const entry = find(view.signature);
-  if (!entry) return std::nullopt;
-  return run(*entry, input, view);
+  if (!entry || !entry->plan->in_place().empty()) return std::nullopt;
+  return run(*entry, input, view, nullptr);
 }
 
-at::Tensor CpuRun::run(const Entry& entry, const at::Tensor& input, const InputView& view) {
+at::Tensor CpuRun::run(const Entry& entry, const at::Tensor& input, const InputView& view, const Parameters* parameters) {
   const OutputSpec& output = entry.plan->output();
   check_unbatched(view, shape_, output, entry.output_is_nhwc);
 
@@ -121,10 +145,22 @@ at::Tensor CpuRun::run(const Entry& entry, const at::Tensor& input, const InputV
   if (entry.output_is_nhwc && output.is_spatial) out_format = at::MemoryFormat::ChannelsLast;
   at::Tensor dst = empty_output(output_sizes(input, view, shape_, output), out_format);
 
+  // Storages and not tensors: those must not have more references, see ParameterState.
+  std::vector<c10::Storage> storages;
+  std::vector<const float*> weights;
+  for (size_t step : entry.plan->in_place()) {
+    const at::Tensor weight = copies_[step].defined() ? copies_[step] : parameters->weight(step);
+    storages.push_back(weight.storage());
+    weights.push_back(static_cast<const float*>(weight.const_data_ptr()));
+  }
+  std::optional<Reading> reading;
+  if (!weights.empty()) reading.emplace(*this);
+
   if (last_plan_ != entry.plan) last_plan_ = entry.plan;
   const auto compute = [&](const Plan& plan, const at::Tensor& from, int threads) {
     RECORD_FUNCTION("fastseq::run", std::vector<c10::IValue>({from}));
-    plan.run(static_cast<const float*>(from.const_data_ptr()), static_cast<float*>(dst.mutable_data_ptr()), view.batch, threads);
+    plan.run(static_cast<const float*>(from.const_data_ptr()), static_cast<float*>(dst.mutable_data_ptr()), view.batch, threads,
+             weights.data());
   };
   if (entry.plan->microseconds(view.batch) < kShortMicroseconds && is_only_python_thread()) {
     compute(*entry.plan, src, 1);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <sys/types.h>
 
 #include <optional>
 #include <string>
@@ -21,10 +22,14 @@ class CpuRun {
   // The result of a call whose input and parameters passed the gate. Throws Refusal. Releases the GIL while the kernels work.
   at::Tensor call(const at::Tensor& input, const InputView& view, const Parameters& parameters);
 
-  // The same with the weights that are packed already, whatever became of the parameters; nothing if no plan is for this input.
+  // The same with the weights that are packed already, whatever became of the parameters; nothing if no plan is for this input or
+  // it reads weights in place.
   std::optional<at::Tensor> call_as_planned(const at::Tensor& input, const InputView& view);
   // Makes the plans there are anew from other weights. Throws Refusal, and then there are fewer.
   void pack_again(const Parameters& parameters);
+
+  // Whether a call, of this process, is reading parameters in place now.
+  bool is_reading() const;
 
   uint64_t fingerprint(const at::Tensor& tensor) const;
   bool has_plans() const { return !plans_.empty(); }
@@ -37,6 +42,8 @@ class CpuRun {
   int64_t packed_bytes() const;
 
  private:
+  class Reading;
+
   struct Entry {
     Signature signature;
     PlanPtr plan;
@@ -45,7 +52,7 @@ class CpuRun {
 
   const Entry* find(const Signature& signature);
   const Entry& plan_for(const Signature& signature, const Parameters& parameters);
-  at::Tensor run(const Entry& entry, const at::Tensor& input, const InputView& view);
+  at::Tensor run(const Entry& entry, const at::Tensor& input, const InputView& view, const Parameters* parameters);
 
   const std::vector<StepSource>& steps_;
   const RunShape shape_;
@@ -53,6 +60,10 @@ class CpuRun {
   const std::string forced_kernel_;
   const bool allows_winograd_;
   PackCache packed_;
+  std::vector<at::Tensor> copies_;  // by step: contiguous copies of weights that would be read in place if they were
+  // Under the GIL. A forked child has none of its parent's readers.
+  int readers_ = 0;
+  pid_t readers_process_ = 0;
   std::vector<Entry> plans_;  // most recent first
   PlanPtr last_plan_;
   int64_t plans_made_ = 0;

@@ -12,7 +12,7 @@
 namespace fastseq {
 namespace {
 
-constexpr Reason kWait = "no plan for this input, and weights are being loaded";
+constexpr Reason kWait = "no plan for this input without the weights that are being loaded";
 constexpr Reason kNoMemory = "not enough memory for a fused run";
 // A call that has to wait for a load looks this often, and goes on with the weights as they are after this long.
 constexpr std::chrono::microseconds kLoadPoll(200);
@@ -62,6 +62,12 @@ void NativeRun::hold(py::object load) {
     }
   }
   load_ = std::move(load);
+  // Calls that begin from now on wait for the load if they read its weights in place. Those that have begun are waited for.
+  const auto start = std::chrono::steady_clock::now();
+  while (cpu_.is_reading() && std::chrono::steady_clock::now() - start < kLongestLoad) {
+    const py::gil_scoped_release release;
+    std::this_thread::sleep_for(kLoadPoll);
+  }
 }
 
 NativeRun::Held NativeRun::held() {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "plan/fork.h"
+#include "plan/in_place.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -158,8 +159,8 @@ void run_threads(int threads, const Work& work) {
 
 }  // namespace
 
-void Plan::run(const float* src, float* dst, int64_t batch, int threads) const {
-  if (batch > 0) Executor(*this).run(src, dst, batch, threads);
+void Plan::run(const float* src, float* dst, int64_t batch, int threads, const float* const* weights) const {
+  if (batch > 0) Executor(*this, weights).run(src, dst, batch, threads);
 }
 
 double Plan::microseconds(int64_t batch) const {
@@ -564,6 +565,10 @@ void Executor::pool_rows(const SpatialStep& step, const Workspace& at, int64_t f
 }
 
 void Executor::run_linear(const LinearStep& step, const float* src, float* dst, int64_t rows, size_t first, size_t last) const {
+  if (step.in_place >= 0) {
+    run_in_place(kernels_, step, weights_[step.in_place], src, dst, rows, first, last, plan_.scratch_);
+    return;
+  }
   const PackedWeights& weights = *step.weights;
   int32_t src_offset[kRowBlock], dst_offset[kRowBlock];
   const int64_t blocks = block_count(rows, kRowBlock, 1);

@@ -21,7 +21,7 @@ struct Workspace {
 
 class Executor {
  public:
-  explicit Executor(const Plan& plan) : plan_(plan), kernels_(*plan.kernels_) {}
+  Executor(const Plan& plan, const float* const* weights) : plan_(plan), kernels_(*plan.kernels_), weights_(weights) {}
 
   void run(const float* src, float* dst, int64_t batch, int threads) const;
 
@@ -59,6 +59,7 @@ class Executor {
 
   const Plan& plan_;
   const cpu::KernelSet& kernels_;
+  const float* const* const weights_;  // that are read in place
 };
 
 }  // namespace fastseq

@@ -68,4 +68,14 @@ PackedPtr pack_linear(const StepSpec& spec, const std::vector<int>& panels, int6
   return packed;
 }
 
+PackedPtr pack_bias(const StepSpec& spec, const cpu::KernelSet& kernels) {
+  const int64_t vectors = (spec.out + kernels.lanes - 1) / kernels.lanes;
+  auto packed =
+      make_panels(spec, split_vectors(static_cast<int>(vectors), kernels.preferred_vectors, kernels.max_rows), kernels.lanes, 0);
+  // The last tile reads the biases of rows that are not there.
+  packed->bias = std::make_unique<AlignedBuffer>(vectors * kernels.lanes + cpu::kMaxRows);
+  if (spec.bias) std::copy(spec.bias, spec.bias + spec.out, packed->bias->data());
+  return packed;
+}
+
 }  // namespace fastseq

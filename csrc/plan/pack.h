@@ -38,8 +38,11 @@ PackedPtr pack_conv2d(const StepSpec& spec, const std::vector<int>& panels, int 
 // With spatial > 1 the features of the source are ordered pixel by pixel (NHWC) while the weight's are channel by channel.
 PackedPtr pack_linear(const StepSpec& spec, const std::vector<int>& panels, int64_t spatial, const cpu::KernelSet& kernels);
 
-// Packed weights of one native run, shared by its plans. Key: step, panel width, and the spatial extent behind a Linear's features
-// or, for a convolution, which kernels read them.
+// For a Linear whose weight is read in place: panels without weights, to share out, and the bias.
+PackedPtr pack_bias(const StepSpec& spec, const cpu::KernelSet& kernels);
+
+// Packed weights of one native run, shared by its plans. Key: step, panel width (0 for weights in place), and the spatial extent
+// behind a Linear's features or, for a convolution, which kernels read them.
 using PackCache = std::map<std::tuple<size_t, int, int64_t>, PackedPtr>;
 
 }  // namespace fastseq

@@ -15,6 +15,10 @@ constexpr int64_t kCachedWeightBytes = int64_t{256} << 10;
 // images are taken together.
 constexpr int64_t kFarWeightBytes = int64_t{768} << 10, kFarthestWeightBytes = int64_t{12} << 20;
 constexpr int64_t kFarRows = 14, kFarthestRows = 28;
+// Linear weights from this size on are not packed: a copy takes as much memory again, and time to make. One row reads packed
+// weights at 31 GB/s and these at 21 (one core of a Zen 4), so that smaller ones are worth their copy; from eight rows on both are
+// equal.
+constexpr int64_t kInPlaceBytes = int64_t{256} << 20;
 // Linear weights beyond this are worth a pass of their own over the batch.
 constexpr int64_t kSplitWeightBytes = int64_t{1} << 20;
 // A block holds about this many pixels: enough to amortise the call, little enough to stay in L1.
@@ -85,7 +89,7 @@ class PlanBuilder {
     lay_out_arena();
     for (const SpatialStep& step : plan_.spatial_)
       plan_.flops_ += step.flops, count_weights(step.winograd ? step.winograd.weights : step.weights);
-    for (const LinearStep& step : plan_.linear_) plan_.flops_ += step.flops, count_weights(step.weights);
+    for (const LinearStep& step : plan_.linear_) plan_.flops_ += step.flops, plan_.weight_bytes_ += step.weight_bytes();
   }
 
  private:
@@ -360,20 +364,25 @@ class PlanBuilder {
       step.n = spec.out, step.k = spec.in;
       step.lower = lower_bound(spec.has_relu);
       step.flops = 2.0 * spec.out * spec.in;
-      const Choice choice = choose("linear", set_.max_rows, set_.preferred_vectors, spec.out);
-      step.kernel = choice.kernel;
-
       const bool reads_map = follows_spatial && i == first;
       const int64_t spatial = reads_map ? sizes_.back().h * sizes_.back().w : 1;
-      PackedPtr& packed = cache_[{i, choice.vectors, spatial}];
-      if (!packed) packed = pack_linear(spec, choice.panels, spatial, set_);
-      step.weights = packed;
-      linear_bytes += packed->bytes();
-
-      std::vector<int64_t> taps;
       const int64_t pitch = reads_map ? plan_.spatial_.back().dst.pitch : 0;
-      for (int64_t s = 0; s < spatial; ++s) taps.push_back(s * pitch);
-      step.runs = make_runs(taps, spec.in / spatial);
+      const cpu::KernelRow* const packs = forced_row("linear");
+      const cpu::KernelRow* const in_place = forced_row("linear_in_place");
+      if (in_place || (!packs && step.weight_bytes() >= kInPlaceBytes)) {
+        read_in_place(step, spec, i);
+        step.spatial = spatial, step.pixel_pitch = pitch;
+      } else {
+        const Choice choice = choose("linear", set_.max_rows, set_.preferred_vectors, spec.out);
+        step.kernel = choice.kernel;
+        PackedPtr& packed = cache_[{i, choice.vectors, spatial}];
+        if (!packed) packed = pack_linear(spec, choice.panels, spatial, set_);
+        step.weights = packed;
+        std::vector<int64_t> taps;
+        for (int64_t s = 0; s < spatial; ++s) taps.push_back(s * pitch);
+        step.runs = make_runs(taps, spec.in / spatial);
+      }
+      linear_bytes += step.weight_bytes();
 
       const bool is_last = i + 1 == steps.size();
       step.src_stride = src_stride;
@@ -387,6 +396,17 @@ class PlanBuilder {
     plan_.output_ = {false, 0, 0, 0, width};
     plan_.dst_image_ = width;
     plan_.splits_at_linear_ = follows_spatial && linear_bytes > kSplitWeightBytes;
+  }
+
+  void read_in_place(LinearStep& step, const StepSpec& spec, size_t index) {
+    step.kernel = std::string("linear_in_place_f32__") + set_.isa + "_" + std::to_string(set_.in_place_rows) + "x" +
+                  std::to_string(set_.lanes);
+    PackedPtr& shared = cache_[{index, 0, 0}];
+    if (!shared) shared = pack_bias(spec, set_);
+    step.weights = shared;
+    step.runs = make_runs({0}, spec.in);
+    step.in_place = static_cast<int>(plan_.in_place_.size());
+    plan_.in_place_.push_back(index);
   }
 
   void lay_out_arena() {

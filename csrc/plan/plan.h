@@ -65,9 +65,12 @@ struct LinearStep {
   int64_t n = 0, k = 0;
   int64_t src_stride = 0, dst_stride = 0;  // elements from a row to the next
   float lower = 0;
-  PackedPtr weights;
+  PackedPtr weights;  // of a weight that is read in place the bias and where the panels are
   std::vector<cpu::Run> runs;
   double flops = 0;
+  int in_place = -1;                     // which of the weights that a call brings
+  int64_t spatial = 1, pixel_pitch = 0;  // the map whose pixels the source's features are, for a weight in place
+  int64_t weight_bytes() const { return n * k * static_cast<int64_t>(sizeof(float)); }
 };
 
 class Plan {
@@ -77,7 +80,11 @@ class Plan {
                                            PackCache& cache);
 
   // src, dst: `batch` images or rows, dense, in the layouts of the signature. At most `threads` threads take part.
-  void run(const float* src, float* dst, int64_t batch, int threads) const;
+  // weights: of the steps in_place(), in that order.
+  void run(const float* src, float* dst, int64_t batch, int threads, const float* const* weights = nullptr) const;
+
+  // The steps whose weights are read where they lie, at each call, instead of being packed.
+  const std::vector<size_t>& in_place() const { return in_place_; }
 
   // A rough estimate of one thread's time: to decide how many a call is worth, not to predict it.
   double microseconds(int64_t batch) const;
@@ -105,6 +112,7 @@ class Plan {
   Map exit_;  // NHWC source of the final transpose
 
   std::vector<LinearStep> linear_;
+  std::vector<size_t> in_place_;  // of all steps
   int64_t features_ = 0;      // elements of an image's features between the spatial steps and Linear, 0 if there is no such place
   int64_t group_images_ = 1;  // images a thread takes through both
   bool splits_at_linear_ = false;  // all images through the spatial steps first: the Linear weights should be read once
@@ -128,6 +136,6 @@ using PlanPtr = std::shared_ptr<const Plan>;
 // Images that a thread takes together through wide steps and Linear: a tile of rows, or two.
 constexpr int64_t kMostGroupImages = 12;
 // Rows of a Linear chain that go through all its layers together.
-constexpr int64_t kRowBlock = 48;
+constexpr int64_t kRowBlock = 64;
 
 }  // namespace fastseq

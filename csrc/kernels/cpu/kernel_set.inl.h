@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/fingerprint.inl.h"
 #include "kernels/cpu/gemm_tile.inl.h"
+#include "kernels/cpu/in_place.inl.h"
 #include "kernels/cpu/layout.inl.h"
 #include "kernels/cpu/pool.inl.h"
 #include "kernels/cpu/winograd.inl.h"
@@ -26,6 +27,12 @@ template <int kRowsT, int kPanelsT>
 static constexpr void add_row_tiles(KernelSet& set) {
   set.row_tile[kRowsT][kPanelsT] = row_tile_loop<kRowsT, kPanelsT, kPreferredVectors>;
   if constexpr (kPanelsT > 1) add_row_tiles<kRowsT, kPanelsT - 1>(set);
+}
+
+template <int kRowsT>
+static constexpr void add_in_place(KernelSet& set) {
+  set.in_place[kRowsT] = in_place_loop<kRowsT>;
+  if constexpr (kRowsT > 1) add_in_place<kRowsT - 1>(set);
 }
 
 template <int kVec, int kRowsT>
@@ -55,6 +62,10 @@ static constexpr KernelSet make_kernel_set() {
   add_pool_tiles<3, kWindows3>(set), add_pool_tiles<4, kWindows4>(set);
   set.row_panels[1] = kRowPanels1, set.row_panels[2] = kRowPanels2, set.row_panels[3] = kRowPanels3;
   add_row_tiles<1, kRowPanels1>(set), add_row_tiles<2, kRowPanels2>(set), add_row_tiles<3, kRowPanels3>(set);
+  set.in_place_rows = kInPlaceRows;
+  add_in_place<kInPlaceRows>(set);
+  set.in_place_tile[1] = in_place_tile_loop<kRows1, 1>, set.in_place_tile[2] = in_place_tile_loop<kRows2, 2>;
+  set.in_place_tile[3] = in_place_tile_loop<kRows3, 3>, set.in_place_tile[4] = in_place_tile_loop<kRows4, 4>;
   set.product_rows[1] = kProductRows1, set.product_rows[2] = kProductRows2;
   set.product_rows[3] = kProductRows3, set.product_rows[4] = kProductRows4;
   add_products<1, kProductRows1>(set), add_products<2, kProductRows2>(set);

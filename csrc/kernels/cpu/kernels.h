@@ -11,9 +11,12 @@
 namespace fastseq::cpu {
 
 // Upper limits over all instruction sets, for table dimensions.
-constexpr int kMaxVectors = 4;  // vectors of output channels in a register tile
-constexpr int kMaxRows = 14;    // rows (pixels) in a register tile
-constexpr int kMaxPanels = 4;   // weight panels that a row kernel takes side by side
+constexpr int kMaxVectors = 4;      // vectors of output channels in a register tile
+constexpr int kMaxRows = 14;        // rows (pixels) in a register tile
+constexpr int kMaxPanels = 4;       // weight panels that a row kernel takes side by side
+constexpr int kLineFloats = 16;     // of a cache line
+constexpr int kLongestRun = 192;    // of a reduction over weights that are read in place
+constexpr int kMaxInPlaceRows = 8;  // rows of the source in a tile that transposes weights as it reads them
 
 // A stretch of the reduction that is contiguous in the source: `length` elements from `offset`.
 // After a run that ends a partial sum the accumulators are added to the total and start again from zero: long sums lose less.
@@ -87,6 +90,42 @@ struct WinogradOutputJob {
 };
 using WinogradOutput = void (*)(const WinogradOutputJob& job);
 
+// linear on weights as they lie: dst[i][n] = max(lower, bias[n] + sum_k src[i][k] * weight[n][k]) for all weight rows n and as many
+// rows i as the tile has. The runs say where partial sums end; their offsets are positions in k, and every one but the last ends
+// one.
+struct InPlaceJob {
+  const float* weight;
+  int64_t weight_stride;  // from a row to the next
+  int64_t weight_rows;
+  const float* src;
+  int64_t src_stride;
+  const Run* runs;
+  int32_t run_count;
+  const float* bias;  // zero-filled up to whole vectors
+  float lower;
+  float* dst;
+  int64_t dst_stride;
+};
+using InPlaceLoop = void (*)(const InPlaceJob& job);
+
+// The same for panels of as many source rows as a register tile has, packed as [k][row], and a stretch of the reduction.
+struct InPlaceTileJob {
+  const float* weight;
+  int64_t weight_stride;
+  int64_t weight_rows;
+  const float* panel;  // at the first run's k, aligned to whole vectors
+  int32_t panels;
+  int64_t panel_stride, sums_stride;  // to the next panel of as many rows, and to its sums
+  const Run* runs;
+  int32_t run_count;
+  const float* bias;  // one per weight row, and room to read a tile's rows more
+  float lower;
+  float* sums;    // [weight row][source row], with room for a tile's rows more
+  bool has_sums;  // of the stretches before
+  bool is_last;   // the last stretch: bias and lower follow
+};
+using InPlaceTileLoop = void (*)(const InPlaceTileJob& job);
+
 // One output row of a max-pool over NHWC rows: dst[x][c] = max(lower, max over the window, NaN kept as eager keeps it).
 struct PoolRowJob {
   const float* src;  // the first of the window's rows inside the image, at x = 0
@@ -112,7 +151,7 @@ using Transpose = void (*)(const float* src, int64_t src_stride, float* dst, int
 // A 64-bit hash of `count` floats in which every bit and every position counts; the sample's is of kSampleLines lines of
 // kLineFloats among them, the first and the last included.
 using Fingerprint = uint64_t (*)(const float* src, int64_t count);
-constexpr int kSampleLines = 64, kLineFloats = 16;
+constexpr int kSampleLines = 64;
 
 // Multiply-adds at full rate for `iterations` rounds; returns the floating point operations done. For measuring the machine's peak.
 using FmaProbe = double (*)(int64_t iterations, float* sink);
@@ -129,6 +168,9 @@ struct KernelSet {
   TileLoop pool_tile[kMaxVectors + 1][kMaxRows / 4 + 1];  // by windows in the tile
   TileLoop row_tile[4][kMaxPanels + 1];                   // 1..3 rows, several panels of preferred_vectors at once
   int row_panels[4];                                      // how many panels that is
+  InPlaceLoop in_place[kMaxInPlaceRows + 1];              // by rows of the source
+  InPlaceTileLoop in_place_tile[kMaxVectors + 1];         // by vectors of rows of the source, max_rows weight rows at a time
+  int in_place_rows;                                      // how many rows of the source the former take
   int product_rows[kMaxVectors + 1];                      // as max_rows
   ProductLoop product[kMaxVectors + 1][kMaxRows + 1];
   WinogradInput winograd_input, winograd_small_input;

@@ -56,6 +56,7 @@ std::vector<KernelRow> kernel_rows() {
       if (set.product_rows[v]) add("conv2d_winograd", set.product_rows[v], v);
     for (int v = 1; v <= kMaxVectors; ++v)
       if (set.max_rows[v]) add("linear", set.max_rows[v], v);
+    add("linear_in_place", set.in_place_rows, 1);
     add("maxpool2d", 1, 1);
   }
   return rows;
