@@ -460,6 +460,64 @@ void check_pool_row(const KernelSet& set, PoolRow pool_row, Random& random) {
     }
 }
 
+// Row by row against double precision; the values around the written rows stay.
+void check_plane_row(const KernelSet& set, const PlaneRow (&plane_row)[2], Random& random) {
+  for (int pools = 0; pools < 2; ++pools)
+    for (int n = 0; n < 60; ++n) {
+      PlaneJob job = {};
+      job.k_h = static_cast<int32_t>(1 + random.below(5)), job.k_w = static_cast<int32_t>(1 + random.below(5));
+      job.width = static_cast<int32_t>(1 + random.below(3 * set.lanes));
+      if (pools) job.width += job.width % 2;
+      job.outs = static_cast<int32_t>(1 + random.below(20));
+      job.lower = random.coin() ? 0.0f : -kInf;
+      const int64_t written = (job.width + 2 * set.lanes - 1) / (2 * set.lanes) * 2 * set.lanes;  // before pooling
+      job.src_row_stride = written + job.k_w - 1 + random.below(3);
+      std::vector<float> src = random.values((job.k_h + pools) * job.src_row_stride);
+      if (random.below(3) == 0)
+        src[static_cast<size_t>(random.below(static_cast<int64_t>(src.size())))] = random.coin() ? kNan : kInf;
+      const std::vector<float> weight = random.values(job.k_h * job.k_w * job.outs), bias = random.values(job.outs);
+      job.src = src.data(), job.weight = weight.data(), job.bias = bias.data();
+      job.dst_stride = written / (1 + pools) + random.below(3);
+      std::vector<float> dst(static_cast<size_t>(job.outs * job.dst_stride), untouched());
+      job.dst = dst.data();
+      plane_row[pools](job);
+      const std::string what = text("%s plane row, pool %d", set.isa, pools);
+      auto sum_at = [&](int64_t row, int64_t x, int64_t out, double& scale) {
+        double sum = 0;
+        for (int64_t ky = 0; ky < job.k_h; ++ky)
+          for (int64_t kx = 0; kx < job.k_w; ++kx) {
+            const double term = static_cast<double>(src[static_cast<size_t>((row + ky) * job.src_row_stride + x + kx)]) *
+                                weight[static_cast<size_t>((ky * job.k_w + kx) * job.outs + out)];
+            sum += term, scale += std::abs(term);
+          }
+        return sum;
+      };
+      for (int64_t out = 0; out < job.outs; ++out)
+        for (int64_t x = 0; x < job.dst_stride; ++x) {
+          const float found = dst[static_cast<size_t>(out * job.dst_stride + x)];
+          if (x >= written / (1 + pools)) expect(bits(found) == bits(untouched()), what + " writes too far");
+          if (x >= job.width / (1 + pools)) continue;
+          double scale = std::abs(bias[static_cast<size_t>(out)]), wanted = -kInf;
+          bool has_nan = false;
+          for (int64_t i = 0; i < 1 + pools; ++i)
+            for (int64_t j = 0; j < 1 + pools; ++j) {
+              const double sum = sum_at(i, x * (1 + pools) + j, out, scale);
+              has_nan = has_nan || std::isnan(sum);
+              wanted = std::max(wanted, sum);
+            }
+          wanted = has_nan ? kNan : wanted + bias[static_cast<size_t>(out)];
+          if (!std::isnan(wanted) && wanted < job.lower) wanted = job.lower;
+          if (std::isnan(wanted)) {
+            expect(std::isnan(found), what + " loses NaN");
+          } else if (std::isinf(wanted)) {
+            expect(found == wanted, what + " loses an infinity");
+          } else {
+            expect(std::abs(found - wanted) <= (job.k_h * job.k_w + 2) * kRounding * scale, what + " is off");
+          }
+        }
+    }
+}
+
 void check_transpose(const KernelSet& set, Transpose transpose, Random& random) {
   for (int64_t rows = 1; rows <= 20; ++rows)
     for (int64_t cols = 1; cols <= 20; ++cols)
@@ -842,6 +900,7 @@ void check_plans(const KernelSet& set, bool by_winograd) {
 // A network that each op of the kernel list computes, with `channels` outputs.
 Network network_of(const std::string& op, int64_t channels) {
   if (op == "conv2d") return Network(op, 5, 6, 9).conv(channels, 3, 3).relu();
+  if (op == "conv2d_plane") return Network(op, 1, 9, 10).conv(channels, 3, 3, 1, 1).relu();
   if (op == "conv2d_winograd") return Network(op, 9, 9, 10).conv(channels, 3, 3, 1, 1).relu();
   if (op == "conv2d_maxpool2d") return Network(op, 5, 8, 9).conv(channels, 3, 3).relu().pool(2, 2);
   if (op == "linear") return Network(op, 150).linear(channels);
@@ -876,8 +935,8 @@ void check_kernel_list(const KernelSet& set) {
 void check_isa(const KernelSet& set) {
   // All members by name: with one more this does not compile before the new one has its check here.
   const auto& [isa, lanes, max_rows, pool_rows, preferred_vectors, preferred_pool_vectors, tile, pool_tile, row_tile, row_panels,
-               product_rows, product, winograd_input, winograd_small_input, winograd_output, winograd_small_output, pool_row,
-               transpose, fingerprint, fingerprint_sample, fma_probe] = set;
+               product_rows, product, winograd_input, winograd_small_input, winograd_output, winograd_small_output, plane_row,
+               pool_row, transpose, fingerprint, fingerprint_sample, fma_probe] = set;
   const std::string name = isa;
   Random random(3);
 
@@ -940,6 +999,7 @@ void check_isa(const KernelSet& set) {
           check_winograd_output(set, winograd_small_output[pools][channels], 4, pools, channels, has_special, random);
       }
 
+  check_plane_row(set, plane_row, random);
   check_pool_row(set, pool_row, random);
   check_transpose(set, transpose, random);
   check_fingerprint(set, fingerprint, random);

@@ -391,7 +391,9 @@ void Executor::run_step(const SpatialStep& step, const Workspace& at, int64_t fi
 
 void Executor::conv_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first,
                          int64_t last) const {
-  if (step.panels_outermost) {
+  if (step.is_plane) {
+    plane_rows(step, at, dst, lower, first, last);
+  } else if (step.panels_outermost) {
     for (const Panel& panel : step.weights->panels)
       for (int64_t row = first; row < last; row += step.block_rows)
         conv_panel(step, at, dst, lower, panel, row, std::min(step.block_rows, last - row));
@@ -399,6 +401,27 @@ void Executor::conv_rows(const SpatialStep& step, const Workspace& at, const Map
     for (int64_t row = first; row < last; row += step.block_rows)
       for (const Panel& panel : step.weights->panels)
         conv_panel(step, at, dst, lower, panel, row, std::min(step.block_rows, last - row));
+  }
+}
+
+void Executor::plane_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first,
+                          int64_t last) const {
+  const int64_t scale = step.pools_in_registers ? 2 : 1;
+  cpu::PlaneJob job = {};
+  job.src_row_stride = step.src.row_stride;
+  job.k_h = static_cast<int32_t>(step.conv.k_h), job.k_w = static_cast<int32_t>(step.conv.k_w);
+  job.weight = step.weights->weight->data(), job.bias = step.weights->bias->data();
+  job.lower = lower;
+  job.width = static_cast<int32_t>(step.conv_w), job.outs = static_cast<int32_t>(dst.channels);
+  job.dst = at.scratch + step.scratch_offset, job.dst_stride = step.plane_stride;
+  // A block of eight at least is faster, where a pixel has the room.
+  const int64_t channels =
+      dst.place != Map::Place::kCallerDst && dst.pitch >= 8 ? std::max<int64_t>(dst.channels, 8) : dst.channels;
+  for (int64_t row = first; row < last; ++row) {
+    job.src = source(step.src, at) + (row * scale - step.conv.pad_top) * step.src.row_stride - step.conv.pad_left;
+    kernels_.plane_row[step.pools_in_registers](job);
+    kernels_.transpose(job.dst, job.dst_stride, target(dst, at) + (row % dst.rows_kept) * dst.row_stride, dst.pitch,
+                       step.conv_w / scale, channels, true);
   }
 }
 
@@ -442,7 +465,7 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
                             int64_t first, int64_t last) const {
   const Winograd& w = step.winograd;
   const PackedWeights& weights = *w.weights;
-  float* const scratch = images[0].scratch + w.first;
+  float* const scratch = images[0].scratch + step.scratch_offset;
   float* const v = scratch;
   float* const m = scratch + w.m_offset;
   float* const poison = scratch + w.poison_offset;

@@ -44,6 +44,7 @@ class Executor {
                     int64_t first, int64_t last) const;
   void run_tile_directly(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t row, int64_t column,
                          const cpu::WinogradTile& tile) const;
+  void plane_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first, int64_t last) const;
   void pool_rows(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const;
   // Whole images, each with its workspace: the first steps one image after the other, the wide ones together.
   void run_images(const Workspace* images, int64_t count) const;

@@ -49,6 +49,17 @@ PackedPtr pack_conv2d(const StepSpec& spec, const std::vector<int>& panels, int 
   return packed;
 }
 
+PackedPtr pack_plane(const StepSpec& spec) {
+  const int64_t taps = spec.conv.k_h * spec.conv.k_w;
+  auto packed = std::make_shared<PackedWeights>();
+  packed->weight = std::make_unique<AlignedBuffer>(taps * spec.out);
+  packed->bias = std::make_unique<AlignedBuffer>(spec.out);
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t out = 0; out < spec.out; ++out) packed->weight->data()[t * spec.out + out] = spec.weight[out * taps + t];
+  if (spec.bias) std::copy(spec.bias, spec.bias + spec.out, packed->bias->data());
+  return packed;
+}
+
 PackedPtr pack_linear(const StepSpec& spec, const std::vector<int>& panels, int64_t spatial, const cpu::KernelSet& kernels) {
   const int64_t channels = spec.in / spatial;
   auto packed = make_panels(spec, panels, kernels.lanes, spec.in);

@@ -35,6 +35,9 @@ std::shared_ptr<PackedWeights> make_panels(const StepSpec& spec, const std::vect
 
 PackedPtr pack_conv2d(const StepSpec& spec, const std::vector<int>& panels, int lanes);
 
+// [tap][out], for one input channel.
+PackedPtr pack_plane(const StepSpec& spec);
+
 // With spatial > 1 the features of the source are ordered pixel by pixel (NHWC) while the weight's are channel by channel.
 PackedPtr pack_linear(const StepSpec& spec, const std::vector<int>& panels, int64_t spatial, const cpu::KernelSet& kernels);
 

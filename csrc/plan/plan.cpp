@@ -26,10 +26,10 @@ constexpr int64_t kBlockPixels = 192;
 // Longest chain of additions into one accumulator, and the shortest worth ending.
 constexpr int64_t kLongestSum = 128, kShortestPartialSum = 64;
 // Elements behind a map: vector reads may run past its last pixel.
-constexpr int64_t kSlack = 16;
+constexpr int64_t kSlack = 48;
 
 // What the pack cache tells apart.
-constexpr int64_t kPackedPooled = 0, kPackedDirect = 1, kPackedWinograd = 2;
+constexpr int64_t kPackedPooled = 0, kPackedDirect = 1, kPackedWinograd = 2, kPackedPlane = 3;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -150,6 +150,21 @@ class PlanBuilder {
     return is_winograd_faster(shape, set_) && can_use_winograd(shape, spec);
   }
 
+  // One input channel, and so few output channels that lanes of pixels are better filled.
+  bool uses_plane(const StepSpec& spec, size_t index) const {
+    if (spec.op != Op::kConv2d || spec.in != 1 || spec.conv.stride_h != 1 || spec.conv.stride_w != 1) return false;
+    const int64_t taps = spec.conv.k_h * spec.conv.k_w;
+    if (taps > kLongestSum) return false;
+    const ConvShape shape = conv_shape(spec, index);
+    const bool asks_for_tile = forced_row(shape.pools_in_registers ? "conv2d_maxpool2d" : "conv2d") != nullptr;
+    const bool asks_for_plane = forced_row("conv2d_plane") != nullptr;
+    if (asks_for_tile != asks_for_plane) return asks_for_plane;
+    const int64_t plane = round_up(shape.w, 2 * set_.lanes) / set_.lanes * shape.c_out * taps;
+    const int64_t tile = shape.w * (round_up(shape.c_out, set_.lanes) / set_.lanes) * taps;
+    // Rows to pixels is about half a cycle an element.
+    return plane + shape.w * shape.c_out / 2 < tile;
+  }
+
   // An arena map for `size`, with room for the zero border that the step which reads it wants.
   Map arena_map(Size size, const StepSpec* reader, bool packs_pixels) const {
     Map map;
@@ -193,12 +208,13 @@ class PlanBuilder {
     if (count == 0) return;
     const InputSpec& input = plan_.input_;
     for (size_t i = 0; i < count; ++i) uses_winograd_.push_back(uses_winograd(steps[i], i));
+    for (size_t i = 0; i < count; ++i) uses_plane_.push_back(!uses_winograd_[i] && uses_plane(steps[i], i));
     plan_.first_wide_ = first_wide_step(steps);
     const Window& first = steps[0].conv;
     const bool needs_border =
         steps[0].op == Op::kConv2d && (first.pad_top || first.pad_bottom || first.pad_left || first.pad_right);
     // Transforms read whole vectors of channels, beyond the last pixel if need be.
-    const bool overreads = uses_winograd_[0] && input.channels % set_.lanes != 0;
+    const bool overreads = uses_plane_[0] || (uses_winograd_[0] && input.channels % set_.lanes != 0);
     const bool is_dense_nhwc = input.is_nhwc || input.channels == 1;
 
     Map current;
@@ -270,6 +286,10 @@ class PlanBuilder {
     step.pools_in_registers = shape.pools_in_registers;
     step.flops = 2.0 * step.conv_h * step.conv_w * spec.out * spec.in * spec.conv.k_h * spec.conv.k_w;
 
+    if (uses_plane_[index]) {
+      make_plane(step, spec, index);
+      return step;
+    }
     const int* max_rows = step.pools_in_registers ? set_.pool_rows : set_.max_rows;
     const char* op = step.pools_in_registers ? "conv2d_maxpool2d" : "conv2d";
     const Choice choice =
@@ -287,10 +307,23 @@ class PlanBuilder {
 
     if (uses_winograd_[index]) make_winograd(step, spec, index, shape);
     if (step.has_pool && !step.pools_in_registers) place_ring(step, spec);
-    step.winograd.first = step.ring.size ? round_up(step.ring.size + kSlack, 16) : 0;
-    plan_.thread_floats_ = std::max(plan_.thread_floats_, step.winograd.first + step.winograd.scratch_floats);
+    step.scratch_offset = step.ring.size ? round_up(step.ring.size + kSlack, 16) : 0;
+    plan_.thread_floats_ = std::max(plan_.thread_floats_, step.scratch_offset + step.winograd.scratch_floats);
     make_tables(step);
     return step;
+  }
+
+  void make_plane(SpatialStep& step, const StepSpec& spec, size_t index) {
+    step.is_plane = true;
+    step.kernel = std::string("conv2d_plane_f32__") + set_.isa + "_1x" + std::to_string(2 * set_.lanes);
+    PackedPtr& packed = cache_[{index, 1, kPackedPlane}];
+    if (!packed) packed = pack_plane(spec);
+    step.weights = packed;
+    if (step.has_pool && !step.pools_in_registers) place_ring(step, spec);
+    step.scratch_offset = step.ring.size ? round_up(step.ring.size + kSlack, 16) : 0;
+    step.plane_stride = round_up(step.conv_w, 2 * set_.lanes);
+    plan_.thread_floats_ =
+        std::max(plan_.thread_floats_, step.scratch_offset + std::max<int64_t>(spec.out, 8) * step.plane_stride + kSlack);
   }
 
   void make_winograd(SpatialStep& step, const StepSpec& spec, size_t index, const ConvShape& shape) {
@@ -452,7 +485,7 @@ class PlanBuilder {
   const PlanOptions& options_;
   const cpu::KernelSet& set_;
   PackCache& cache_;
-  std::vector<bool> uses_winograd_;
+  std::vector<bool> uses_winograd_, uses_plane_;
   std::vector<Size> sizes_;       // before each spatial step and after the last
   std::vector<Size> conv_sizes_;  // between a convolution and its pool
 };

@@ -52,8 +52,11 @@ struct SpatialStep {
   std::vector<int32_t> src_offset, dst_offset;  // of one block of rows
   int64_t block_rows = 1;
   bool panels_outermost = false;  // weights that do not fit the cache are read once per call, not once per block
+  int64_t scratch_offset = 0;     // in the thread's scratch, behind the ring: of the buffers of one of the following
   Winograd winograd;              // where set, the tables above serve the tiles that it cannot do
   int64_t unit_rows = 1;          // rows of dst that are made together
+  bool is_plane = false;          // one input channel, lanes are pixels; `weights` are for that
+  int64_t plane_stride = 0;       // of the rows [out][x] in the thread's scratch before they become pixels
   // pooling outside the registers
   Window pool;
   int64_t group_rows = 1;  // pooled rows made at a time

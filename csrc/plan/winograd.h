@@ -19,7 +19,6 @@ struct Winograd {
   int64_t bands = 0, tiles_x = 0;  // rows of tiles, tiles in a row
   int64_t group = 0;               // tiles that go through all three phases together
   int32_t chain = 0;               // terms of a partial sum over the channels
-  int64_t first = 0;               // in the thread's scratch; the offsets below count from here
   int64_t v_point_stride = 0, v_tile_stride = 0;
   int64_t m_offset = 0;
   int64_t poison_offset = 0;

@@ -18,6 +18,7 @@ constexpr int kWindows1 = 2, kWindows2 = 1, kWindows3 = 1, kWindows4 = 0;
 constexpr int kRowPanels1 = 4, kRowPanels2 = 3, kRowPanels3 = 2;
 constexpr int kInPlaceRows = 4;
 constexpr int kProductRows1 = 12, kProductRows2 = 6, kProductRows3 = 4, kProductRows4 = 3;
+constexpr int kPlaneOuts = 3;
 
 #include "kernels/cpu/vector.inl.h"
 

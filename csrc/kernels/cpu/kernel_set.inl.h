@@ -6,6 +6,7 @@
 #include "kernels/cpu/gemm_tile.inl.h"
 #include "kernels/cpu/in_place.inl.h"
 #include "kernels/cpu/layout.inl.h"
+#include "kernels/cpu/plane.inl.h"
 #include "kernels/cpu/pool.inl.h"
 #include "kernels/cpu/winograd.inl.h"
 
@@ -74,6 +75,7 @@ static constexpr KernelSet make_kernel_set() {
   set.winograd_output[0][0] = winograd_output<4, false>, set.winograd_output[0][1] = winograd_output<4, true>;
   set.winograd_output[1][0] = winograd_output<2, false>, set.winograd_output[1][1] = winograd_output<2, true>;
   add_small_winograd<kMostSmallChannels>(set);
+  set.plane_row[0] = plane_row<false>, set.plane_row[1] = plane_row<true>;
   set.pool_row = pool_row;
   set.transpose = transpose;
   set.fingerprint = fingerprint, set.fingerprint_sample = fingerprint_sample;

@@ -126,6 +126,21 @@ struct InPlaceTileJob {
 };
 using InPlaceTileLoop = void (*)(const InPlaceTileJob& job);
 
+// One output row (or row of 2x2 windows) of a convolution of one input channel: dst[out][x], see plane.inl.h.
+struct PlaneJob {
+  const float* src;  // the pixel under the first tap of the first output
+  int64_t src_row_stride;
+  int32_t k_h, k_w;
+  const float* weight;  // [tap][out]
+  const float* bias;    // [out]
+  float lower;
+  int32_t width;  // of the convolution, even where it pools; read and written in whole pairs of vectors
+  int32_t outs;
+  float* dst;
+  int64_t dst_stride;
+};
+using PlaneRow = void (*)(const PlaneJob& job);
+
 // One output row of a max-pool over NHWC rows: dst[x][c] = max(lower, max over the window, NaN kept as eager keeps it).
 struct PoolRowJob {
   const float* src;  // the first of the window's rows inside the image, at x = 0
@@ -176,6 +191,7 @@ struct KernelSet {
   WinogradInput winograd_input, winograd_small_input;
   WinogradOutput winograd_output[2][2];                             // by 3x3 or 5x5, by whether it pools
   WinogradOutput winograd_small_output[2][kMostSmallChannels + 1];  // 3x3 only, by whether it pools
+  PlaneRow plane_row[2];                                            // by whether it pools
   PoolRow pool_row;
   Transpose transpose;
   Fingerprint fingerprint, fingerprint_sample;

@@ -10,6 +10,7 @@ constexpr int kWindows1 = 3, kWindows2 = 3, kWindows3 = 2, kWindows4 = 1;
 constexpr int kRowPanels1 = 4, kRowPanels2 = 3, kRowPanels3 = 2;
 constexpr int kInPlaceRows = 4;
 constexpr int kProductRows1 = 12, kProductRows2 = 10, kProductRows3 = 7, kProductRows4 = 5;
+constexpr int kPlaneOuts = 6;
 #else
 constexpr int kPreferredVectors = 4, kPreferredPoolVectors = 2;
 constexpr int kRows1 = 7, kRows2 = 6, kRows3 = 3, kRows4 = 3;
@@ -17,4 +18,5 @@ constexpr int kWindows1 = 1, kWindows2 = 1, kWindows3 = 0, kWindows4 = 0;
 constexpr int kRowPanels1 = 2, kRowPanels2 = 1, kRowPanels3 = 1;
 constexpr int kInPlaceRows = 4;
 constexpr int kProductRows1 = 12, kProductRows2 = 6, kProductRows3 = 3, kProductRows4 = 3;
+constexpr int kPlaneOuts = 2;
 #endif

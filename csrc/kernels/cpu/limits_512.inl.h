@@ -6,3 +6,4 @@ constexpr int kWindows1 = 2, kWindows2 = 2, kWindows3 = 2, kWindows4 = 1;
 constexpr int kRowPanels1 = 4, kRowPanels2 = 2, kRowPanels3 = 2;
 constexpr int kInPlaceRows = 8;
 constexpr int kProductRows1 = 14, kProductRows2 = 14, kProductRows3 = 9, kProductRows4 = 7;
+constexpr int kPlaneOuts = 6;

@@ -57,6 +57,7 @@ std::vector<KernelRow> kernel_rows() {
     for (int v = 1; v <= kMaxVectors; ++v)
       if (set.max_rows[v]) add("linear", set.max_rows[v], v);
     add("linear_in_place", set.in_place_rows, 1);
+    add("conv2d_plane", 1, 2);
     add("maxpool2d", 1, 1);
   }
   return rows;
