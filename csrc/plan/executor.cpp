@@ -524,8 +524,9 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
         const int64_t m_stride = count * width + 16;
         for (int64_t point = 0; point < cpu::kWinogradPoints; ++point) {
           const float* const u = weights.weight->data() + panel.weight_offset + point * step.src.channels * width;
-          run_products(kernels_, panel.vectors,
-                       {v + point * w.v_point_stride, w.v_tile_stride, u, in.channels, w.chain, m + point * m_stride}, count);
+          run_products(
+              kernels_, panel.vectors,
+              {v + point * w.v_point_stride, w.v_tile_stride, u, in.channels, w.chain, w.chain_group, m + point * m_stride}, count);
         }
         out.src = m, out.src_point_stride = m_stride, out.src_tile_stride = width;
         out.bias = weights.bias->data() + panel.first_lane;

@@ -18,8 +18,8 @@ constexpr double kFewInputCost = 90, kFewOutputCost = 170, kFewSpilledOutputCost
 constexpr double kStreamFloats = 6;
 // Groups: small where the transformed weights stay in L2, larger where each group streams them again.
 constexpr int64_t kSmallGroup = 14, kLargeGroup = 28, kLargeWeightFloats = int64_t{640} << 10;
-// The error of a longer chain of additions would outgrow the transforms'.
-constexpr int64_t kLongestChain = 32;
+// The error of longer chains of additions would outgrow the transforms'.
+constexpr int64_t kLongestChain = 24, kChainsOfGroup = 5;
 // A stride of a multiple of 4 KiB would put all points of a tile in the same few cache sets.
 constexpr int64_t kStridePad = 16;
 
@@ -107,6 +107,7 @@ Winograd plan_winograd(const ConvShape& shape, int panel_vectors, const cpu::Ker
   plan.bands = ceil_div(shape.h, plan.out), plan.tiles_x = ceil_div(shape.w, plan.out);
 
   plan.chain = static_cast<int32_t>(ceil_div(shape.c_in, ceil_div(shape.c_in, kLongestChain)));
+  plan.chain_group = static_cast<int32_t>(kChainsOfGroup) * plan.chain;
 
   const int64_t floats = kPoints * shape.c_in * shape.c_out;
   const int64_t wanted = floats > kLargeWeightFloats ? kLargeGroup : kSmallGroup;

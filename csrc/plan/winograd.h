@@ -16,9 +16,9 @@ struct Winograd {
   int64_t out = 0;   // results of a tile and side: 4 for 3x3, 2 for 5x5
   int64_t side = 0;  // the same after pooling in registers
   bool has_few_channels = false;
-  int64_t bands = 0, tiles_x = 0;  // rows of tiles, tiles in a row
-  int64_t group = 0;               // tiles that go through all three phases together
-  int32_t chain = 0;               // terms of a partial sum over the channels
+  int64_t bands = 0, tiles_x = 0;      // rows of tiles, tiles in a row
+  int64_t group = 0;                   // tiles that go through all three phases together
+  int32_t chain = 0, chain_group = 0;  // terms of a partial sum over the channels, and of a sum of those
   int64_t v_point_stride = 0, v_tile_stride = 0;
   int64_t m_offset = 0;
   int64_t poison_offset = 0;

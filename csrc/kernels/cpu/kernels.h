@@ -64,7 +64,8 @@ struct ProductJob {
   int64_t src_stride;   // from a row to the next
   const float* weight;  // [k][vectors * lanes], 64-byte aligned
   int32_t depth;        // at least 1
-  int32_t chain;        // of this many terms are partial sums
+  int32_t chain;        // of this many terms are partial sums, and sums of those
+  int32_t group;        // of this many: a multiple of the former
   float* dst;           // rows of vectors * lanes, dense
 };
 using ProductLoop = void (*)(const ProductJob& job, int64_t blocks);

@@ -92,7 +92,8 @@ static void winograd_input(const WinogradInputJob& job) {
 }
 
 // dst[row][lane] = sum_k src[row][k] * weight[k][lane] for kRowsT rows, `blocks` times. A chain of additions as long as the
-// channels are many would cost more accuracy than the transforms do: it ends after job.chain terms and is added to dst.
+// channels are many would cost more accuracy than the transforms do, so the sum has three levels: chains of terms, groups of
+// chains, groups.
 template <int kRowsT, int kVec>
 static void product_loop(const ProductJob& job, int64_t blocks) {
   const float* src = job.src;
@@ -102,40 +103,48 @@ static void product_loop(const ProductJob& job, int64_t blocks) {
     const float* weight = job.weight;
     const float* at = src;
     const float* const end = src + job.depth;
+    Vec group[kRowsT][kVec];
     do {
-      Vec acc[kRowsT][kVec];
-#pragma GCC unroll 16
-      for (int i = 0; i < kRowsT; ++i)
-#pragma GCC unroll 16
-        for (int j = 0; j < kVec; ++j) acc[i][j] = Vec{};
-      const bool is_first = at == src;
-      const float* const link = end - at > job.chain ? at + job.chain : end;
+      const float* const group_start = at;
+      const float* const group_end = end - at > job.group ? at + job.group : end;
       do {
-        Vec w[kVec];
-#pragma GCC unroll 16
-        for (int j = 0; j < kVec; ++j) w[j] = *reinterpret_cast<const Vec*>(weight + j * kLanes);
-#pragma GCC unroll 16
-        for (int i = 0; i < kRowsT; ++i) {
-          const Vec x = splat(at[i * stride]);
-#pragma GCC unroll 16
-          for (int j = 0; j < kVec; ++j) acc[i][j] += x * w[j];
-        }
-        weight += kVec * kLanes;
-      } while (++at < link);
-      if (is_first) {
+        Vec acc[kRowsT][kVec];
 #pragma GCC unroll 16
         for (int i = 0; i < kRowsT; ++i)
 #pragma GCC unroll 16
-          for (int j = 0; j < kVec; ++j) store(dst + (i * kVec + j) * kLanes, acc[i][j]);
-      } else {
+          for (int j = 0; j < kVec; ++j) acc[i][j] = Vec{};
+        const bool is_first = at == group_start;
+        const float* const link = group_end - at > job.chain ? at + job.chain : group_end;
+        do {
+          Vec w[kVec];
 #pragma GCC unroll 16
-        for (int i = 0; i < kRowsT; ++i)
+          for (int j = 0; j < kVec; ++j) w[j] = *reinterpret_cast<const Vec*>(weight + j * kLanes);
 #pragma GCC unroll 16
-          for (int j = 0; j < kVec; ++j) {
-            float* const to = dst + (i * kVec + j) * kLanes;
-            store(to, load(to) + acc[i][j]);
+          for (int i = 0; i < kRowsT; ++i) {
+            const Vec x = splat(at[i * stride]);
+#pragma GCC unroll 16
+            for (int j = 0; j < kVec; ++j) acc[i][j] += x * w[j];
           }
-      }
+          weight += kVec * kLanes;
+        } while (++at < link);
+        if (is_first) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kRowsT; ++i)
+#pragma GCC unroll 16
+            for (int j = 0; j < kVec; ++j) group[i][j] = acc[i][j];
+        } else {
+#pragma GCC unroll 16
+          for (int i = 0; i < kRowsT; ++i)
+#pragma GCC unroll 16
+            for (int j = 0; j < kVec; ++j) group[i][j] += acc[i][j];
+        }
+      } while (at < group_end);
+      const bool is_first_group = group_start == src;
+      for (int i = 0; i < kRowsT; ++i)
+        for (int j = 0; j < kVec; ++j) {
+          float* const to = dst + (i * kVec + j) * kLanes;
+          store(to, is_first_group ? group[i][j] : load(to) + group[i][j]);
+        }
     } while (at < end);
   }
 }
