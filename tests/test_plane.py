@@ -60,6 +60,20 @@ def test_bits_are_those_of_the_tiles(isa: str, pool: str, monkeypatch: pytest.Mo
     assert torch.equal(results[0].nan_to_num(), results[1].nan_to_num())
 
 
+@each_isa
+@pytest.mark.parametrize("before", [nn.Conv2d(2, 1, 3), nn.MaxPool2d(2)], ids=["convolution", "pool"])
+def test_pixels_that_are_not_dense(isa: str, before: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One channel in the middle of a network lies in whole vectors, which these kernels do not read."""
+    use_kernels(monkeypatch, isa, "conv2d_plane")
+    model = integer_model(before, nn.Conv2d(1, 3, 5, padding=1), limit=2)
+    x = integers(2, before.in_channels if isinstance(before, nn.Conv2d) else 1, 11, 23)
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        assert_exact(fused(x), model, x)
+    assert_was_fused(fused)
+    assert kernels_used(fused)[-1].startswith("conv2d_f32")
+
+
 def test_lenet_uses_it() -> None:
     fused = fastseq.optimize(MODELS["lenet5"].build())
     x = MODELS["lenet5"].example(5)

@@ -150,9 +150,9 @@ class PlanBuilder {
     return is_winograd_faster(shape, set_) && can_use_winograd(shape, spec);
   }
 
-  // One input channel, and so few output channels that lanes of pixels are better filled.
+  // One input channel, and so few output channels that lanes of pixels are better filled. Only the first step's pixels are dense.
   bool uses_plane(const StepSpec& spec, size_t index) const {
-    if (spec.op != Op::kConv2d || spec.in != 1 || spec.conv.stride_h != 1 || spec.conv.stride_w != 1) return false;
+    if (index > 0 || spec.op != Op::kConv2d || spec.in != 1 || spec.conv.stride_h != 1 || spec.conv.stride_w != 1) return false;
     const int64_t taps = spec.conv.k_h * spec.conv.k_w;
     if (taps > kLongestSum) return false;
     const ConvShape shape = conv_shape(spec, index);
