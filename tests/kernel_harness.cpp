@@ -383,10 +383,10 @@ void check_winograd_output(const KernelSet& set, WinogradOutput kernel, int out,
 // dst = src * weight in chains; other heights and widths have the bits of the smallest.
 void check_product(const KernelSet& set, ProductLoop smallest, ProductLoop loop, int rows, int vectors, Random& random) {
   for (int depth : {1, 7, 40, 97})
-    for (int chain : {depth, 32}) {
+    for (int chain : {depth, 32, 8}) {
       const int blocks = static_cast<int>(1 + random.below(3)), count = blocks * rows, wide = vectors * set.lanes;
       ProductJob job = {};
-      job.src_stride = depth + random.below(5), job.depth = depth, job.chain = chain;
+      job.src_stride = depth + random.below(5), job.depth = depth, job.chain = chain, job.group = 3 * chain;
       const std::vector<float> src = random.values((count - 1) * job.src_stride + depth), values = random.values(depth * wide);
       Panels weight(depth * wide);
       std::copy(values.begin(), values.end(), weight.data());
@@ -413,6 +413,90 @@ void check_product(const KernelSet& set, ProductLoop smallest, ProductLoop loop,
           expect(is_close(dst[i * wide + lane], sum, magnitude * kRounding * (std::min(depth, chain) + depth / chain + 2)), what);
         }
     }
+}
+
+// Weights that are read where they lie: the bits of packed ones, which the smallest tile computes, for every tile of both kinds.
+void check_in_place(const KernelSet& set, TileLoop smallest, const InPlaceLoop (&few)[kMaxInPlaceRows + 1], int few_rows,
+                    const InPlaceTileLoop (&tiles)[kMaxVectors + 1], const int (&max_rows)[kMaxVectors + 1], Random& random) {
+  for (const std::vector<int>& lengths : {std::vector<int>{1}, {37}, {kLongestRun, 64}, {128, 130, 3}, {65, 64, 64, 66}}) {
+    const std::string what = text("%s in place, %zu runs", set.isa, lengths.size());
+    const int64_t rows = std::max<int64_t>(kMaxInPlaceRows, 2 * kMaxVectors * set.lanes - 1), lanes = set.lanes;
+    const int64_t outs = 2 * kMaxRows + 1 + random.below(2 * lanes), groups = (outs + lanes - 1) / lanes;
+    std::vector<Run> runs;
+    int64_t depth = 0;
+    for (size_t r = 0; r < lengths.size(); depth += lengths[r++])
+      runs.push_back({static_cast<int32_t>(depth), lengths[r], r + 1 < lengths.size()});
+    const int64_t src_stride = depth + random.below(3), weight_stride = depth + random.below(3);
+    std::vector<float> src = random.values((rows - 1) * src_stride + depth);
+    const std::vector<float> weight = random.values((outs - 1) * weight_stride + depth);
+    std::vector<float> bias = random.values(outs);
+    if (random.coin()) src[static_cast<size_t>(random.below(static_cast<int64_t>(src.size())))] = random.coin() ? kNan : kInf;
+    bias.resize(static_cast<size_t>(groups * lanes + kMaxRows));
+    const float lower = random.coin() ? 0.0f : -kInf;
+
+    std::vector<float> wanted(static_cast<size_t>(rows * outs));
+    std::vector<int32_t> src_offset, dst_offset;
+    for (int64_t i = 0; i < rows; ++i) {
+      src_offset.push_back(static_cast<int32_t>(i * src_stride));
+      dst_offset.push_back(static_cast<int32_t>(i * outs));
+    }
+    for (int64_t first = 0; first < outs; first += lanes) {
+      Panels packed(depth * lanes);
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t n = first; n < std::min(outs, first + lanes); ++n)
+          packed.data()[k * lanes + n - first] = weight[n * weight_stride + k];
+      TileJob job = {};
+      job.src = src.data(), job.src_offset = src_offset.data();
+      job.runs = runs.data(), job.run_count = static_cast<int32_t>(runs.size());
+      job.weight = packed.data(), job.bias = bias.data() + first, job.lower = lower;
+      job.dst = wanted.data() + first, job.dst_offset = dst_offset.data();
+      job.lanes = static_cast<int32_t>(std::min(lanes, outs - first));
+      smallest(job, rows);
+    }
+
+    expect(few_rows >= 1 && few_rows <= kMaxInPlaceRows, what + ": its rows fit their table");
+    for (int n = 0; n <= kMaxInPlaceRows; ++n) {
+      expect((few[n] != nullptr) == (n >= 1 && n <= few_rows), what + text(": kernel of %d rows", n));
+      if (!few[n]) continue;
+      InPlaceJob job = {};
+      job.weight = weight.data(), job.weight_stride = weight_stride, job.weight_rows = outs;
+      job.src = src.data(), job.src_stride = src_stride;
+      job.runs = runs.data(), job.run_count = static_cast<int32_t>(runs.size());
+      job.bias = bias.data(), job.lower = lower;
+      job.dst_stride = outs + random.below(3);
+      std::vector<float> dst(static_cast<size_t>((n - 1) * job.dst_stride + outs), untouched()), expected = dst;
+      for (int i = 0; i < n; ++i) std::copy_n(&wanted[static_cast<size_t>(i * outs)], outs, &expected[i * job.dst_stride]);
+      job.dst = dst.data();
+      few[n](job);
+      expect_same(dst, expected, what + text(", %d rows", n));
+    }
+
+    for (int vectors = 0; vectors <= kMaxVectors; ++vectors) {
+      expect((tiles[vectors] != nullptr) == (vectors > 0 && max_rows[vectors] > 0), what + text(": tile of %d vectors", vectors));
+      if (!tiles[vectors]) continue;
+      const int64_t width = vectors * lanes, panels = std::min<int64_t>(2, (rows + width - 1) / width);
+      Panels packed(panels * depth * width), sums(panels * (outs + max_rows[vectors]) * width);
+      for (int64_t i = 0; i < std::min(rows, panels * width); ++i)
+        for (int64_t k = 0; k < depth; ++k) packed.data()[(i / width * depth + k) * width + i % width] = src[i * src_stride + k];
+      InPlaceTileJob job = {};
+      job.weight = weight.data(), job.weight_stride = weight_stride, job.weight_rows = outs;
+      job.panels = static_cast<int32_t>(panels), job.panel_stride = depth * width;
+      job.sums = sums.data(), job.sums_stride = (outs + max_rows[vectors]) * width;
+      job.bias = bias.data(), job.lower = lower;
+      // In two stretches where there are two runs.
+      for (size_t first = 0, end = (runs.size() + 1) / 2; first < runs.size(); first = end, end = runs.size()) {
+        job.runs = &runs[first], job.run_count = static_cast<int32_t>(end - first);
+        job.panel = packed.data() + runs[first].offset * width;
+        job.has_sums = first > 0, job.is_last = end == runs.size();
+        tiles[vectors](job);
+      }
+      std::vector<float> got(wanted);
+      for (int64_t i = 0; i < std::min(rows, panels * width); ++i)
+        for (int64_t n = 0; n < outs; ++n)
+          got[static_cast<size_t>(i * outs + n)] = sums.data()[i / width * job.sums_stride + n * width + i % width];
+      expect_same(got, wanted, what + text(", tile of %d vectors", vectors));
+    }
+  }
 }
 
 // --- the other kernels ------------------------------------------------------------------------------------------------
@@ -822,14 +906,18 @@ std::vector<float> make_input(const Network& network, Random& random) {
   return src;
 }
 
-std::vector<float> run(const Plan& plan, const std::vector<float>& src, int64_t first, int64_t batch, int threads) {
+std::vector<float> run(const Plan& plan, const Network& network, const std::vector<float>& src, int64_t first, int64_t batch,
+                       int threads) {
   const OutputSpec& output = plan.output();
   const int64_t elements = output.is_spatial ? output.channels * output.h * output.w : output.features;
   const int64_t stride = static_cast<int64_t>(src.size()) / kImages;
   // A copy of exactly the images that are asked for.
   const std::vector<float> images(src.begin() + first * stride, src.begin() + (first + batch) * stride);
   std::vector<float> dst(static_cast<size_t>(batch * elements), untouched());
-  plan.run(images.data(), dst.data(), batch, threads);
+  const std::vector<StepSpec> steps = network.steps();
+  std::vector<const float*> weights;
+  for (size_t step : plan.in_place()) weights.push_back(steps[step].weight);
+  plan.run(images.data(), dst.data(), batch, threads, weights.data());
   return dst;
 }
 
@@ -846,13 +934,12 @@ void check_values(const Network& network, const std::vector<float>& src, const s
   }
 }
 
-// Whole networks: values, and the same bits for every layout, batch size and number of threads.
-void check_plans(const KernelSet& set, bool by_winograd) {
+// Whole networks: values, and the same bits for every layout, batch size and number of threads. `forced`: an op for all steps that
+// it can do, or "" for none but what the direct kernels do.
+void check_plans(const KernelSet& set, const std::string& forced) {
   Random random(11);
-  const std::string winograd =
-      text("conv2d_winograd_f32__%s_%dx%d", set.isa, set.product_rows[set.preferred_vectors], set.preferred_vectors * set.lanes);
   for (const Network& network : networks()) {
-    const std::string what = std::string(set.isa) + ", " + network.name() + (by_winograd ? ", Winograd" : "");
+    const std::string what = std::string(set.isa) + ", " + network.name() + (forced.empty() ? "" : ", ") + forced;
     const std::vector<float> src = make_input(network, random);
     const std::vector<StepSpec> steps = network.steps();
     PackCache cache;
@@ -863,15 +950,15 @@ void check_plans(const KernelSet& set, bool by_winograd) {
         InputSpec input = network.input();
         input.is_nhwc = is_nhwc;
         PlanOptions options;
-        options.kernels = &set, options.output_is_nhwc = to_nhwc_output, options.allows_winograd = by_winograd;
-        if (by_winograd) options.forced_kernel = winograd;
+        options.kernels = &set, options.output_is_nhwc = to_nhwc_output, options.allows_winograd = !forced.empty();
+        options.forced_kernel = forced;
         const PlanPtr plan = Plan::build(input, steps, options, cache);
         const OutputSpec& output = plan->output();
         if (to_nhwc_output && !output.is_spatial) continue;
         const std::vector<float> in = is_nhwc ? to_nhwc(src, kImages, input.channels, input.h * input.w) : src;
         const std::string how = what + (is_nhwc ? ", NHWC" : ", NCHW") + (to_nhwc_output ? " to NHWC" : " to NCHW");
 
-        const std::vector<float> whole = run(*plan, in, 0, kImages, 1);
+        const std::vector<float> whole = run(*plan, network, in, 0, kImages, 1);
         if (usual.empty()) {
           usual = whole;
           check_values(network, src, usual, how);
@@ -883,13 +970,13 @@ void check_plans(const KernelSet& set, bool by_winograd) {
             if ((is_nhwc || to_nhwc_output) && batch != threads + 1) continue;  // all of them for one layout is enough
             const int64_t first = random.below(kImages - batch + 1);
             const std::vector<float> part(whole.begin() + first * per_image, whole.begin() + (first + batch) * per_image);
-            expect_same(run(*plan, in, first, batch, threads), part,
+            expect_same(run(*plan, network, in, first, batch, threads), part,
                         how + text(", batch %d, %d threads", static_cast<int>(batch), threads));
           }
         if (is_nhwc || to_nhwc_output) continue;
         std::vector<float> other;  // of a second caller at the same time
-        std::thread caller([&] { other = run(*plan, in, 0, kImages, 2); });
-        const std::vector<float> own = run(*plan, in, 0, kImages, 2);
+        std::thread caller([&] { other = run(*plan, network, in, 0, kImages, 2); });
+        const std::vector<float> own = run(*plan, network, in, 0, kImages, 2);
         caller.join();
         expect_same(own, whole, how + ", beside another caller");
         expect_same(other, whole, how + ", a second caller");
@@ -903,7 +990,7 @@ Network network_of(const std::string& op, int64_t channels) {
   if (op == "conv2d_plane") return Network(op, 1, 9, 10).conv(channels, 3, 3, 1, 1).relu();
   if (op == "conv2d_winograd") return Network(op, 9, 9, 10).conv(channels, 3, 3, 1, 1).relu();
   if (op == "conv2d_maxpool2d") return Network(op, 5, 8, 9).conv(channels, 3, 3).relu().pool(2, 2);
-  if (op == "linear") return Network(op, 150).linear(channels);
+  if (op == "linear" || op == "linear_in_place") return Network(op, 150).linear(channels);
   if (op == "maxpool2d") return Network(op, channels, 7, 7).pool(3, 2, 1);
   throw std::runtime_error("op '" + op +
                            "' of kernel_rows() is not known to " __FILE__ ": give it a network and its kernels a check");
@@ -925,7 +1012,8 @@ void check_kernel_list(const KernelSet& set) {
       const std::string used = plan->describe().front().kernel;
       if (channels <= width && channels > width - set.lanes)
         expect(used == row.name, row.name + " is forced and " + used + " used");
-      check_values(network, src, run(*plan, src, 0, kImages, 1), row.name + text(", %d channels", static_cast<int>(channels)));
+      check_values(network, src, run(*plan, network, src, 0, kImages, 1),
+                   row.name + text(", %d channels", static_cast<int>(channels)));
     }
   }
 }
@@ -935,8 +1023,8 @@ void check_kernel_list(const KernelSet& set) {
 void check_isa(const KernelSet& set) {
   // All members by name: with one more this does not compile before the new one has its check here.
   const auto& [isa, lanes, max_rows, pool_rows, preferred_vectors, preferred_pool_vectors, tile, pool_tile, row_tile, row_panels,
-               product_rows, product, winograd_input, winograd_small_input, winograd_output, winograd_small_output, plane_row,
-               pool_row, transpose, fingerprint, fingerprint_sample, fma_probe] = set;
+               in_place, in_place_tile, in_place_rows, product_rows, product, winograd_input, winograd_small_input, winograd_output,
+               winograd_small_output, plane_row, pool_row, transpose, fingerprint, fingerprint_sample, fma_probe] = set;
   const std::string name = isa;
   Random random(3);
 
@@ -980,6 +1068,7 @@ void check_isa(const KernelSet& set) {
       each_cell("row_tile", row_tile[rows][panels], rows && panels && panels <= row_panels[rows], false, rows, preferred_vectors,
                 panels);
 
+  check_in_place(set, tile[1][1], in_place, in_place_rows, in_place_tile, max_rows, random);
   for (int vectors = 0; vectors <= kMaxVectors; ++vectors)
     for (int rows = 0; rows <= kMaxRows; ++rows) {
       const ProductLoop loop = product[vectors][rows];
@@ -1006,8 +1095,7 @@ void check_isa(const KernelSet& set) {
   check_fingerprint_sample(set, fingerprint_sample, random);
   check_fma_probe(set, fma_probe);
   check_kernel_list(set);
-  check_plans(set, false);
-  check_plans(set, true);
+  for (const char* forced : {"", "conv2d_winograd", "conv2d_plane", "linear_in_place"}) check_plans(set, forced);
 }
 
 // Instruction sets with equally many lanes must agree on what a fingerprint is: an emulated one stands for the real one.
