@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastseq
+from fastseq.testing import assert_matches
 
 # Every instruction set whose kernels this CPU runs, the emulated one included.
 ISAS = tuple(dict.fromkeys(row["isa"] for row in fastseq.kernels() if row["supported"]))
+
+
+# How far Winograd's results may be from float64's, in eager's errors. Over a tensor it is 3 of them (root mean square);
+# the largest of a small tensor's errors is where one draw differs from the next.
+WINOGRAD_FACTOR = 6.0
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +33,9 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch, isa: str, kernel: str = "") -> 
     monkeypatch.setenv("FASTSEQ_KERNEL", kernel)
 
 
-def run_fused(model: nn.Module, x: Tensor) -> Tensor:
+def run_fused(model: nn.Module, x: Tensor, winograd: Literal["auto", "off"] = "auto") -> Tensor:
     """`x` through an optimised copy of `model`. Fails if anything falls back to eager."""
-    fused = fastseq.optimize(model)
+    fused = fastseq.optimize(model, winograd=winograd)
     with torch.no_grad():
         actual = fused(x)
     assert_was_fused(fused)
@@ -43,7 +50,8 @@ def assert_was_fused(fused: nn.Module) -> None:
 
 def kernels_used(fused: nn.Module) -> list[str]:
     """The kernel of each fused step, as the report names them after a call."""
-    segments = [s for sequential in fastseq.explain(fused).to_dict()["sequentials"] for s in sequential["segments"]]
+    report = fastseq.explain(fused).to_dict()
+    segments = [segment for run in (*report["forwards"], *report["sequentials"]) for segment in run["segments"]]
     return [step["kernel"] for segment in segments if segment["kind"] == "native" for step in segment["steps"]]
 
 
@@ -79,6 +87,31 @@ def assert_exact(actual: Tensor, model: nn.Sequential, x: Tensor) -> None:
         f"{int(wrong.sum())} of {wrong.numel()} differ, the first at {wrong.nonzero()[0].tolist()}: "
         f"expected {expected[wrong][0].item()}, found {actual[wrong][0].item()}"
     )
+
+
+def check_run(model: nn.Sequential, x: Tensor) -> None:
+    """An integer-valued model on `x`: exact in the direct kernels, and in those chosen unless one is Winograd's.
+
+    Its transforms round, so there integers are only near, and random numbers as accurate as eager's, to a factor.
+    """
+    __tracebackhide__ = True
+    direct = run_fused(model, x, winograd="off")
+    assert_exact(direct, model, x)
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        actual = fused(x)
+    assert_was_fused(fused)
+    assert actual.stride() == direct.stride()
+    if not any(name.startswith("conv2d_winograd") for name in kernels_used(fused)):
+        assert torch.equal(actual, direct)
+        return
+    assert (actual - direct).abs().max() <= 1e-5 * max(1.0, largest_sum(model, x))
+    floats = copy.deepcopy(model)
+    for layer in floats:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.reset_parameters()
+    noise = torch.randn_like(x)
+    assert_matches(run_fused(floats, noise), floats, noise, WINOGRAD_FACTOR)
 
 
 def largest_sum(model: nn.Sequential, x: Tensor) -> float:

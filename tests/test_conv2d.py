@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import (
     ISAS,
-    assert_exact,
+    check_run,
     integer_model,
     integers,
     one_thread,  # noqa: F401
@@ -106,7 +106,7 @@ def sample(count: int, seed: int) -> list[Case]:
 def test_exact(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     use_kernels(monkeypatch, case.isa)
     model, x = integer_model(*case.layers()), case.input()
-    assert_exact(run_fused(model, x), model, x)
+    check_run(model, x)
 
 
 @pytest.mark.parametrize("case", sample(60, seed=2), ids=str)
@@ -119,7 +119,7 @@ def test_flatten_and_linear_behind(case: Case, monkeypatch: pytest.MonkeyPatch) 
     for free in ([], [nn.Dropout(), nn.Identity()]):
         layers = [*case.layers(), nn.Flatten(), *free, nn.Linear(features, 11), nn.ReLU()]
         model = integer_model(*layers, limit=2)
-        assert_exact(run_fused(model, x), model, x)
+        check_run(model, x)
 
 
 @pytest.mark.parametrize("first, second", list(zip(sample(60, seed=3), sample(60, seed=4), strict=True)), ids=str)
@@ -131,7 +131,7 @@ def test_two_convolutions(first: Case, second: Case, monkeypatch: pytest.MonkeyP
     relu = [nn.ReLU()] if first.has_relu else []
     model = integer_model(middle, *relu, *second.layers(), limit=2)
     x = first.input().clamp(-1, 1)
-    assert_exact(run_fused(model, x), model, x)
+    check_run(model, x)
 
 
 @pytest.mark.parametrize("case", sample(60, seed=5), ids=str)
@@ -161,7 +161,7 @@ def test_weights_larger_than_the_cache(c_in: int) -> None:
     """More than 256 KiB of weights are walked panel by panel, not block by block; long sums are taken in parts."""
     model = integer_model(nn.Conv2d(c_in, 130, 5, padding=2), nn.ReLU(), limit=2)
     x = integers(2, c_in, 15, 11, limit=2)
-    assert_exact(run_fused(model, x), model, x)
+    check_run(model, x)
 
 
 @pytest.mark.parametrize("width", [14, 16, 18])
@@ -170,7 +170,7 @@ def test_rows_of_a_page(width: int, pool: list[nn.Module]) -> None:
     """Maps whose rows take 4 KiB, with and without the border, keep them a little further apart."""
     model = integer_model(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), *pool, limit=1)
     x = integers(2, 3, 7, width, limit=1)
-    assert_exact(run_fused(model, x), model, x)
+    check_run(model, x)
 
 
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (97, 2), (2, 97), (64, 66)])
@@ -178,7 +178,7 @@ def test_long_and_narrow_images(size: tuple[int, int]) -> None:
     """Rows longer than a block of pixels, and rows so short that many share one."""
     model = integer_model(nn.Conv2d(3, 17, 3, padding=1), nn.ReLU())
     x = integers(2, 3, *size)
-    assert_exact(run_fused(model, x), model, x)
+    check_run(model, x)
 
 
 # Memory formats ---------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_result_has_eager_strides(shape: tuple[int, ...], c_out: int, x_format: 
         conv = nn.Conv2d(shape[1], c_out, kernel, padding=kernel // 2)
         model = integer_model(conv, *layers).to(memory_format=formats[weight_format])
         x = integers(*shape).to(memory_format=formats[x_format])
-        assert_exact(run_fused(model, x), model, x)
+        check_run(model, x)
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -226,7 +226,7 @@ def test_views(view: Callable[[Tensor], Tensor], is_channels_last: bool) -> None
     x = integers(4, 4, 11, 13)
     x = view(x.to(memory_format=torch.channels_last) if is_channels_last else x)
     model = integer_model(nn.Conv2d(x.shape[1], 9, 3, padding=1), nn.ReLU())
-    assert_exact(run_fused(model, x), model, x)
+    check_run(model, x)
 
 
 @pytest.mark.parametrize("weight", [lambda w: w.flip(0), lambda w: w.transpose(2, 3), lambda w: w.permute(1, 0, 2, 3)])
@@ -235,13 +235,13 @@ def test_weights_in_other_orders(weight: Callable[[Tensor], Tensor]) -> None:
     model = integer_model(nn.Conv2d(6, 6, 3), nn.ReLU())
     model[0].weight = nn.Parameter(weight(model[0].weight.detach().clone()))
     x = integers(2, 6, 8, 9)
-    assert_exact(run_fused(model, x), model, x)
+    check_run(model, x)
 
 
 def test_unbatched() -> None:
     model = integer_model(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.MaxPool2d(2))
     x = integers(3, 9, 9)
-    assert_exact(run_fused(model, x), model, x)
+    check_run(model, x)
 
 
 # What eager rejects ------------------------------------------------------------------------------------------------

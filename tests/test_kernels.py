@@ -1,5 +1,5 @@
-"""Walks the list of kernels: each one this CPU runs is forced, named in the report, exact at its tails, and gives the
-same bits as every other tile of its instruction set, whatever the batch size and the number of threads."""
+"""Walks the list of kernels: each one this CPU runs is forced, named in the report, exact at its tails (Winograd's near),
+and gives the bits of every other tile of its instruction set, whatever the batch size and the number of threads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import (
     ISAS,
+    WINOGRAD_FACTOR,
     assert_exact,
     assert_was_fused,
     integer_model,
@@ -55,6 +56,8 @@ def layers_for(op: str, channels: int, k: int = 3) -> list[nn.Module]:
     return {
         "conv2d": lambda: [nn.Conv2d(k, channels, (1, 3))],
         "conv2d_maxpool2d": lambda: [nn.Conv2d(k, channels, (1, 3)), nn.MaxPool2d(2)],
+        "conv2d_plane": lambda: [nn.Conv2d(1, channels, (1, 3))],
+        "conv2d_winograd": lambda: [nn.Conv2d(k, channels, 3)],
         "linear": lambda: [nn.Linear(k, channels)],
         "linear_in_place": lambda: [nn.Linear(k, channels)],
         "maxpool2d": lambda: [nn.MaxPool2d(3, 2, 1)],
@@ -66,6 +69,8 @@ def shapes_for(op: str, rows: int, channels: int, k: int = 3) -> list[tuple[int,
     return {
         "conv2d": [(1, k, 1, rows + 2), (2, k, 5, rows + 2), (1, k, rows, 3)],
         "conv2d_maxpool2d": [(1, k, 2, 2 * rows + 2), (2, k, 7, 2 * rows + 3), (1, k, 2 * rows, 4)],
+        "conv2d_plane": [(1, 1, 1, rows + 2), (2, 1, 5, rows + 2), (1, 1, rows, 3)],
+        "conv2d_winograd": [(1, k, 6, 4 * rows + 2), (2, k, 7, 2 * rows + 5)],
         "linear": [(rows, k)],
         "linear_in_place": [(rows, k)],
         "maxpool2d": [(1, channels, 1, rows), (2, channels, 5, rows)],
@@ -75,7 +80,15 @@ def shapes_for(op: str, rows: int, channels: int, k: int = 3) -> list[tuple[int,
 def test_list() -> None:
     names = [row["name"] for row in KERNELS]
     assert len(set(names)) == len(names)
-    assert OPS == ["conv2d", "conv2d_maxpool2d", "linear", "linear_in_place", "maxpool2d"]
+    assert OPS == [
+        "conv2d",
+        "conv2d_maxpool2d",
+        "conv2d_plane",
+        "conv2d_winograd",
+        "linear",
+        "linear_in_place",
+        "maxpool2d",
+    ]
     for row in KERNELS:
         lanes = width(row) // row["vectors"]
         assert row["name"] == f"{row['op']}_f32__{row['isa']}_{row['rows']}x{row['vectors'] * lanes}"
@@ -107,20 +120,25 @@ def test_emulated_tiles_are_those_of_avx512() -> None:
 @each_kernel
 def test_exact_at_the_tails(kernel: dict[str, Any]) -> None:
     op, lanes = kernel["op"], width(kernel) // kernel["vectors"]
-    rows = kernel["rows"] // 4 if op == "conv2d_maxpool2d" else kernel["rows"]
+    rounds = op == "conv2d_winograd"  # its transforms do
+    rows = {"conv2d_maxpool2d": kernel["rows"] // 4, "conv2d_plane": width(kernel)}.get(op, kernel["rows"])
     for channels in sorted({*around(width(kernel)), lanes + 1}):
-        model = integer_model(*layers_for(op, channels))
-        fused = fastseq.optimize(model)
+        model = nn.Sequential(*layers_for(op, channels, 16)) if rounds else integer_model(*layers_for(op, channels))
+        fused = fastseq.optimize(model.eval())
         for count in around(rows):
-            for shape in shapes_for(op, count, channels):
-                x = integers(*shape)
+            for shape in shapes_for(op, count, channels, 16 if rounds else 3):
+                x = torch.randn(shape) if rounds else integers(*shape)
                 with torch.no_grad():
-                    assert_exact(fused(x), model, x)
+                    actual = fused(x)
+                if rounds:
+                    assert_matches(actual, model, x, WINOGRAD_FACTOR)
+                else:
+                    assert_exact(actual, model, x)
         assert_was_fused(fused)
         (name,) = kernels_used(fused)
         assert name.startswith(f"{op}_f32__{kernel['isa']}_")
         # Fewer channels take a narrower tile, more may be cut into others: these two fill exactly one of this width.
-        if op == "maxpool2d" or channels in (width(kernel) - 1, width(kernel)):
+        if op in ("maxpool2d", "conv2d_plane") or channels in (width(kernel) - 1, width(kernel)):
             assert name == kernel["name"]
 
 
@@ -132,7 +150,8 @@ def test_error_is_that_of_float32(kernel: dict[str, Any], k: int) -> None:
     for relu in ([], [nn.ReLU()]):
         model = nn.Sequential(*layers_for(kernel["op"], channels, k), *relu).eval()
         x = torch.randn(shapes_for(kernel["op"], kernel["rows"] + 1, channels, k)[0])
-        assert_matches(run_fused(model, x), model, x)
+        factor = WINOGRAD_FACTOR if kernel["op"] == "conv2d_winograd" else 4.0
+        assert_matches(run_fused(model, x), model, x, factor)
 
 
 @each_kernel
@@ -161,7 +180,7 @@ def test_bits_do_not_depend_on_the_tile(isa: str, op: str, monkeypatch: pytest.M
         if (row["isa"], row["op"]) == (isa, op):
             use_kernels(monkeypatch, isa, row["name"])
             results[row["name"]] = [run_fused(model, x) for model in models for x in inputs]
-    assert len(results) > 1 or op in ("maxpool2d", "linear_in_place")
+    assert len(results) > 1 or op in ("conv2d_plane", "linear_in_place", "maxpool2d")
     first = next(iter(results.values()))
     for name, result in results.items():
         assert all(map(torch.equal, result, first)), name

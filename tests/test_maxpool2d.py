@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import (
     ISAS,
-    assert_exact,
+    check_run,
     integer_model,
     integers,
     one_thread,  # noqa: F401
@@ -82,7 +82,7 @@ def test_exact(pool: Pool, ceil_mode: bool, order: Callable, isa: str, monkeypat
         conv = nn.Conv2d(channels, channels, 3, padding=1)
         model = integer_model(*order(conv, nn.MaxPool2d(*pool, ceil_mode=ceil_mode)))
         x = integers(2, channels, *size)
-        assert_exact(run_fused(model, x), model, x)
+        check_run(model, x)
 
 
 @each_order
@@ -93,7 +93,7 @@ def test_channels_last(pool: Pool, ceil_mode: bool, order: Callable) -> None:
     model = integer_model(*order(conv, nn.MaxPool2d(*pool, ceil_mode=ceil_mode)))
     for size in ((9, 8), (6, 13)):
         x = integers(2, 5, *size).to(memory_format=torch.channels_last)
-        assert_exact(run_fused(model, x), model, x)
+        check_run(model, x)
 
 
 @ceil_or_floor
@@ -105,10 +105,10 @@ def test_flatten_and_linear_behind(pool: Pool, ceil_mode: bool) -> None:
         features = nn.Sequential(conv, last, nn.Flatten())(x).shape[1]
     for first in ([conv, last], [conv, nn.ReLU(), last], [nn.MaxPool2d(1), conv, last]):
         model = integer_model(*first, nn.Flatten(), nn.Linear(features, 13), nn.ReLU(), limit=2)
-        assert_exact(run_fused(model, x), model, x)
+        check_run(model, x)
     pooled = nn.Sequential(last, nn.Flatten())(x)
     model = integer_model(last, nn.Flatten(), nn.Linear(pooled.shape[1], 13))
-    assert_exact(run_fused(model, x), model, x)
+    check_run(model, x)
 
 
 @each_isa
@@ -128,7 +128,7 @@ def test_pooled_stages_in_a_row(first: str, second: str, isa: str, monkeypatch: 
     )
     for size in ((12, 13), (9, 17)):
         x = integers(2, 2, *size, limit=2)
-        assert_exact(run_fused(model, x), model, x)
+        check_run(model, x)
 
 
 @each_order
@@ -137,7 +137,7 @@ def test_weights_larger_than_the_cache(pool: Pool, order: Callable) -> None:
     """With more than 256 KiB of weights all rows of the convolution are made before the pool reads them."""
     model = integer_model(*order(nn.Conv2d(70, 130, 3, padding=1), nn.MaxPool2d(*pool)), limit=2)
     x = integers(2, 70, 11, 14, limit=2)
-    assert_exact(run_fused(model, x), model, x)
+    check_run(model, x)
 
 
 @each_order
@@ -146,7 +146,7 @@ def test_wide_rows(order: Callable) -> None:
     for size in ((3, 250), (250, 3)):
         model = integer_model(*order(nn.Conv2d(3, 9, 3, padding=1), nn.MaxPool2d(2)))
         x = integers(1, 3, *size)
-        assert_exact(run_fused(model, x), model, x)
+        check_run(model, x)
 
 
 @each_pool

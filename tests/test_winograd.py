@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ISAS, assert_was_fused, kernels_used, one_thread, run_fused, use_kernels  # noqa: F401
+from helpers import (
+    ISAS,
+    WINOGRAD_FACTOR,
+    assert_was_fused,
+    kernels_used,
+    one_thread,  # noqa: F401
+    run_fused,
+    use_kernels,
+)
 from torch import Tensor, nn
 
 import fastseq
@@ -73,9 +81,12 @@ def test_numbers(forced: str, shape: tuple[int, ...], pool: str) -> None:
             if nhwc:
                 x = x.to(memory_format=torch.channels_last)
             with torch.no_grad():
-                assert_matches(fused(x), model, x)
+                assert_matches(fused(x), model, x, WINOGRAD_FACTOR)
         assert_was_fused(fused)
-        assert uses_winograd(fused)
+        sizes = [size + 2 * padding - k + 1 for size in (h, w)]
+        if pool == "pool3s2":
+            sizes = [size - (size - 3) % 2 for size in sizes]  # what no window covers is not computed
+        assert uses_winograd(fused) == (min(sizes) >= 7 - k)
 
 
 @each_isa
@@ -90,17 +101,17 @@ def test_all_sizes_of_maps(forced: str, k: int) -> None:
             x = torch.randn(1, 6, h + k - 1, w + k - 1)
             fused = fastseq.optimize(model)
             with torch.no_grad():
-                assert_matches(fused(x), model, x)
+                assert_matches(fused(x), model, x, WINOGRAD_FACTOR)
             assert uses_winograd(fused) == (h >= out and w >= out)
             if h >= 2 and w >= 2:
-                assert_matches(run_fused(pooled, x), pooled, x)
+                assert_matches(run_fused(pooled, x), pooled, x, WINOGRAD_FACTOR)
 
 
 @each_isa
 def test_long_sums_and_groups_of_many_tiles(forced: str) -> None:
     model = conv(200, 24, 3, 1)
     x = torch.randn(2, 200, 19, 23)
-    assert_matches(run_fused(model, x), model, x)
+    assert_matches(run_fused(model, x), model, x, WINOGRAD_FACTOR)
 
 
 @each_isa
@@ -140,7 +151,7 @@ def test_special_values_keep_their_footprint(forced: str, shape: tuple[int, ...]
                 x[1, c_in // 2, row, column] = value
                 with torch.no_grad():
                     actual = fused(x)
-                assert_matches(actual, model, x)
+                assert_matches(actual, model, x, WINOGRAD_FACTOR)
         assert_was_fused(fused)
         assert uses_winograd(fused)
 
@@ -166,8 +177,9 @@ def test_sums_beyond_the_largest_float_are_infinite_as_eagers(forced: str) -> No
     x = torch.full((1, 16, 9, 9), 2e38)
     x[..., :5] *= -1
     with torch.no_grad():
-        actual = fastseq.optimize(model)(x)
-        eager = model(x)
+        # Where a window holds both signs, how far the sum gets before it turns depends on the order.
+        actual = fastseq.optimize(model)(x)[..., [0, 1, 2, 3, 6, 7, 8]]
+        eager = model(x)[..., [0, 1, 2, 3, 6, 7, 8]]
     assert torch.equal(actual.isinf(), eager.isinf()) and eager.isinf().any()
     assert torch.equal(actual.signbit(), eager.signbit())
 

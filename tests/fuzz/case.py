@@ -100,4 +100,5 @@ class Case(Terse):
     channels_last: bool = False
     isa: str = ""
     kernel: str = ""
+    winograd: str = "auto"
     checked: bool = False

@@ -31,6 +31,7 @@ LAYOUTS = (
 VALUES = (*("normal",) * 10, "special", "special", "nan", "infinite", "zeros", "denormal", "huge")
 ISAS = ("", "", "portable", "avx2", "avx512", "emulated512")
 KERNELS = ("8x16", "12x16", "9x48", "7x64", "4x64", "8x32", "6x16", "4x24", "3x32", "8x4", "6x8", "3x16", "8x8", "1x")
+OPS = ("conv2d_winograd", "conv2d_winograd", "conv2d_plane", "linear_in_place", "conv2d_f32")
 STYLES = ("keyword", "two", "none", "forward", "functional", "vmap", "jvp", "subclass", "disabled")
 HOOKS = ("forward", "forward_pre", "forward_kwargs", "always_call", "full_backward", "full_backward_pre")
 ACTIVATIONS = (
@@ -519,6 +520,7 @@ def make_case(source: Source) -> Case:
         dtype=dtype,
         channels_last=source.chance(10),
         isa=source.pick(ISAS),
-        kernel=source.pick(KERNELS) if source.chance(10) else "",
+        kernel=source.pick(KERNELS) if source.chance(10) else source.pick(OPS) if source.chance(15) else "",
+        winograd="off" if source.chance(20) else "auto",
         checked=source.chance(2),
     )
