@@ -1,4 +1,4 @@
-"""Walks the list of kernels: each one this CPU runs is forced, named in the report, exact at its tails (Winograd's near),
+"""Walks the list of kernels: each one this CPU runs is forced, named in the report, exact at its tails (or near),
 and gives the bits of every other tile of its instruction set, whatever the batch size and the number of threads."""
 
 from __future__ import annotations
