@@ -103,7 +103,9 @@ static void product_loop(const ProductJob& job, int64_t blocks) {
     const float* weight = job.weight;
     const float* at = src;
     const float* const end = src + job.depth;
-    Vec group[kRowsT][kVec];
+    // Of the group at work: in dst where there is one group only.
+    alignas(64) float waiting[kRowsT * kVec * kLanes];
+    float* const group = job.depth <= job.group ? dst : waiting;
     do {
       const float* const group_start = at;
       const float* const group_end = end - at > job.group ? at + job.group : end;
@@ -131,20 +133,21 @@ static void product_loop(const ProductJob& job, int64_t blocks) {
 #pragma GCC unroll 16
           for (int i = 0; i < kRowsT; ++i)
 #pragma GCC unroll 16
-            for (int j = 0; j < kVec; ++j) group[i][j] = acc[i][j];
+            for (int j = 0; j < kVec; ++j) store(group + (i * kVec + j) * kLanes, acc[i][j]);
         } else {
 #pragma GCC unroll 16
           for (int i = 0; i < kRowsT; ++i)
 #pragma GCC unroll 16
-            for (int j = 0; j < kVec; ++j) group[i][j] += acc[i][j];
+            for (int j = 0; j < kVec; ++j) {
+              float* const to = group + (i * kVec + j) * kLanes;
+              store(to, load(to) + acc[i][j]);
+            }
         }
       } while (at < group_end);
+      if (group == dst) continue;
       const bool is_first_group = group_start == src;
-      for (int i = 0; i < kRowsT; ++i)
-        for (int j = 0; j < kVec; ++j) {
-          float* const to = dst + (i * kVec + j) * kLanes;
-          store(to, is_first_group ? group[i][j] : load(to) + group[i][j]);
-        }
+      for (int i = 0; i < kRowsT * kVec * kLanes; i += kLanes)
+        store(dst + i, is_first_group ? load(group + i) : load(dst + i) + load(group + i));
     } while (at < end);
   }
 }
