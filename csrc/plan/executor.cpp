@@ -1,21 +1,12 @@
 #include "plan/executor.h"
 
-#include <omp.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <exception>
 #include <limits>
-#include <thread>
 #include <vector>
 
-#include "plan/fork.h"
 #include "plan/in_place.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "plan/threads.h"
 
 namespace fastseq {
 namespace {
@@ -26,27 +17,35 @@ constexpr double kFlopsPerMicrosecond = 80e3, kBytesPerMicrosecond = 20e3;
 constexpr double kMicrosecondsPerThread = 10, kMicrosecondsPerNewThread = 100;
 // From this many rows per thread a Linear chain is split by rows: weights are then read often enough to hide their way from memory.
 constexpr int64_t kRowsPerThread = 24;
-constexpr int kSpinsBeforeYield = 4000;
 
 constexpr float kNoLower = -std::numeric_limits<float>::infinity();
-
-void pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
-
-// The part of [0, total) that is thread `index`'s of `count`.
-struct Share {
-  int64_t first, last;
-  Share(int64_t total, int index, int count) : first(total * index / count), last(total * (index + 1) / count) {}
-};
 
 // Blocks of at most `most` rows, nearly equal, and where there are few a multiple of the threads.
 int64_t block_count(int64_t rows, int64_t most, int threads) {
   int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);
   if (blocks < 4 * threads) blocks = std::min(rows, (blocks + threads - 1) / threads * threads);
   return blocks;
+}
+
+// Weights of a step whose rows are not divided further than into one part a thread: each part reads them all.
+constexpr int64_t kHeavyWeightBytes = int64_t{768} << 10;
+// Floats of an input that one thread copies in less time than it takes to meet.
+constexpr int64_t kSmallCopy = 1024;
+// Tiles that Winograd's products want at a time.
+constexpr int64_t kProductTiles = 14;
+
+// Rows that stay together where threads share `rows` of them, a multiple of `unit`: up to `most` parts a thread, of at least
+// `least` rows, so that there is something to take over from a thread that comes late, but not at the price of idle threads at the
+// end.
+int64_t shared_rows(int64_t rows, int64_t unit, int64_t least, int threads, int most) {
+  int64_t best = 0, best_time = 0;
+  for (int parts = most; parts >= 1; parts /= 2) {
+    const int64_t count = static_cast<int64_t>(threads) * parts, size = ((rows + count - 1) / count + unit - 1) / unit * unit;
+    if (size < least && parts > 1) continue;
+    const int64_t time = ((rows + size - 1) / size + threads - 1) / threads * size;
+    if (!best || time < best_time) best = size, best_time = time;
+  }
+  return best;
 }
 
 // `count` rows (or windows) through tiles of at most `most`, as evenly as possible: a tail of one row would wait for its own sums.
@@ -86,79 +85,6 @@ void run_products(const cpu::KernelSet& set, int vectors, cpu::ProductJob job, i
 
 }  // namespace
 
-// All threads of a region meet here. Spins shortly, then gives the core away: another process may need it more.
-class Barrier {
- public:
-  // The runtime may give fewer threads than were asked for; one of them says how many there are before any waits.
-  void expect(int threads) { threads_ = threads; }
-  void wait() {
-    if (threads_ == 1) return;
-    const int phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < kSpinsBeforeYield) {
-        pause();
-      } else {
-        std::this_thread::yield();
-      }
-    }
-  }
-
- private:
-  int threads_ = 1;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> phase_{0};
-};
-
-namespace {
-
-// On threads started for this call alone, or on as many of them as the system gives.
-template <typename Work>
-void run_new_threads(int threads, Barrier& barrier, const Work& work) {
-  std::atomic<int> count{0};  // known when all are started
-  std::vector<std::thread> others;
-  others.reserve(static_cast<size_t>(threads - 1));
-  try {
-    for (int thread = 1; thread < threads; ++thread)
-      others.emplace_back([&, thread] {
-        while (!count.load(std::memory_order_acquire)) std::this_thread::yield();
-        work(thread, count.load(std::memory_order_relaxed), barrier);
-      });
-  } catch (const std::exception&) {  // no more threads, or no memory for one
-  }
-  const int started = static_cast<int>(others.size()) + 1;
-  barrier.expect(started);
-  count.store(started, std::memory_order_release);
-  work(0, started, barrier);
-  for (std::thread& other : others) other.join();
-}
-
-// work(thread, count, barrier) on `threads` threads, or on the caller alone without a parallel region.
-template <typename Work>
-void run_threads(int threads, const Work& work) {
-  Barrier barrier;
-  if (threads == 1) {
-    work(0, 1, barrier);
-    return;
-  }
-  if (lost_threads_in_fork()) {
-    run_new_threads(threads, barrier, work);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp single
-    barrier.expect(omp_get_num_threads());
-    work(omp_get_thread_num(), omp_get_num_threads(), barrier);
-  }
-}
-
-}  // namespace
-
 void Plan::run(const float* src, float* dst, int64_t batch, int threads, const float* const* weights) const {
   if (batch > 0) Executor(*this, weights).run(src, dst, batch, threads);
 }
@@ -169,10 +95,10 @@ double Plan::microseconds(int64_t batch) const {
 }
 
 int Executor::useful_threads(int64_t batch, int threads) const {
-  if (threads <= 1 || omp_in_parallel()) return 1;
+  if (threads <= 1) return 1;
   const double micros = plan_.microseconds(batch);
-  const double per_thread = lost_threads_in_fork() ? kMicrosecondsPerNewThread : kMicrosecondsPerThread;
-  if (micros < 2 * per_thread) return 1;
+  const double per_thread = starts_threads() ? kMicrosecondsPerNewThread : kMicrosecondsPerThread;
+  if (micros < 2 * per_thread || (threads = usable_threads(threads)) == 1) return 1;
   return static_cast<int>(std::min<double>(threads, micros / per_thread));
 }
 
@@ -205,48 +131,51 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
   }
   float* const all_features = splits ? scratch.add(batch * plan_.features_) : nullptr;
 
-  const int64_t unit = has_spatial ? plan_.group_images_ : kRowBlock;
-  const int64_t units = block_count(batch, unit, threads);
+  // Whole images or blocks of rows first. Linear steps with large weights follow for all of them: panel by panel where the rows are
+  // few, block by block otherwise.
+  const int64_t groups = block_count(batch, has_spatial ? plan_.group_images_ : kRowBlock, threads);
   const bool chain_by_panel = splits && threads > 1 && batch < kRowsPerThread * threads;
   const int64_t row_blocks = block_count(batch, kRowBlock, threads);
-  std::atomic<int64_t> next_unit{0}, next_block{0};
-
   float* hidden[2] = {nullptr, nullptr};
   if (chain_by_panel)
     for (float*& h : hidden) h = scratch.add(batch * plan_.rows_stride_);
 
-  auto work = [&](int thread, int count, Barrier& barrier) {
-    Workspace own = at[thread];
-    for (int64_t u; (u = next_unit.fetch_add(1, std::memory_order_relaxed)) < units;) {
-      const int64_t first = batch * u / units, last = batch * (u + 1) / units;
-      if (!has_spatial) {
-        run_chain(own.arena, src + first * plan_.src_image_, dst + first * plan_.dst_image_, last - first);
-        continue;
-      }
-      float* const group = splits ? all_features + first * plan_.features_ : own.arena + plan_.features_offset_;
-      Workspace images[kMostGroupImages];
-      for (int64_t i = first; i < last; ++i) {
-        own.src = src + i * plan_.src_image_, own.dst = dst + i * plan_.dst_image_;
-        own.features = group + (i - first) * plan_.features_;
-        own.own = own.arena + plan_.arena_floats_ + (i - first) * plan_.image_floats_;
-        images[i - first] = own;
-      }
-      run_images(images, last - first);
-      if (has_linear && !splits) run_chain(own.arena, group, dst + first * plan_.dst_image_, last - first);
-    }
-    if (!splits) return;
-    barrier.wait();
-    if (chain_by_panel) {
-      run_chain_by_panel(all_features, dst, hidden, batch, thread, count, barrier);
+  const auto run_group = [&](int64_t first, int64_t last, Workspace own) {
+    if (!has_spatial) {
+      run_chain(own.arena, src + first * plan_.src_image_, dst + first * plan_.dst_image_, last - first);
       return;
     }
-    for (int64_t b; (b = next_block.fetch_add(1, std::memory_order_relaxed)) < row_blocks;) {
-      const int64_t first = batch * b / row_blocks, last = batch * (b + 1) / row_blocks;
-      run_chain(own.arena, all_features + first * plan_.features_, dst + first * plan_.dst_image_, last - first);
+    float* const group = splits ? all_features + first * plan_.features_ : own.arena + plan_.features_offset_;
+    Workspace images[kMostGroupImages];
+    for (int64_t i = first; i < last; ++i) {
+      own.src = src + i * plan_.src_image_, own.dst = dst + i * plan_.dst_image_;
+      own.features = group + (i - first) * plan_.features_;
+      own.own = own.arena + plan_.arena_floats_ + (i - first) * plan_.image_floats_;
+      images[i - first] = own;
+    }
+    run_images(images, last - first);
+    if (has_linear && !splits) run_chain(own.arena, group, dst + first * plan_.dst_image_, last - first);
+  };
+  const auto units = [&](int phase) {
+    if (phase == 0) return groups;
+    return chain_by_panel ? panel_count(static_cast<size_t>(phase - 1)) : row_blocks;
+  };
+  const auto run = [&](int phase, int64_t first, int64_t last, int thread) {
+    if (phase > 0 && chain_by_panel) {
+      run_panels(static_cast<size_t>(phase - 1), all_features, dst, hidden, batch, first, last);
+      return;
+    }
+    for (int64_t u = first; u < last; ++u) {
+      if (phase == 0) {
+        run_group(batch * u / groups, batch * (u + 1) / groups, at[thread]);
+      } else {
+        const int64_t row = batch * u / row_blocks, end = batch * (u + 1) / row_blocks;
+        run_chain(at[thread].arena, all_features + row * plan_.features_, dst + row * plan_.dst_image_, end - row);
+      }
     }
   };
-
-  run_threads(threads, work);
+  const int chain_phases = !splits ? 0 : chain_by_panel ? static_cast<int>(plan_.linear_.size()) : 1;
+  run_phases(threads, 1 + chain_phases, units, run);
 }
 
 void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threads) const {
@@ -267,36 +196,52 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
   if (plan_.linear_.size() > 1)
     for (float*& h : hidden) h = scratch.add(batch * plan_.rows_stride_);
 
-  // The rows of all images, one after the other, are shared out evenly; `body` gets those of one image at a time.
-  // Units of several rows stay whole.
-  auto share_rows = [&](int64_t rows, int64_t unit, int thread, int count, auto&& body) {
-    const int64_t units = (rows + unit - 1) / unit;
-    const Share share(batch * units, thread, count);
-    for (int64_t r = share.first; r < share.last;) {
-      const int64_t image = r / units, first_unit = r % units, last_unit = std::min(units, first_unit + share.last - r);
-      const int64_t first = first_unit * unit, last = std::min(rows, last_unit * unit);
+  // The rows of all images, one after the other, are what threads share; those of a step that makes several together stay so.
+  const int copies = plan_.copies_input_ ? 1 : 0, steps = static_cast<int>(plan_.spatial_.size());
+  const auto rows_of = [&](int phase) { return phase < copies ? plan_.entry_.h : plan_.spatial_[phase - copies].dst.h; };
+  std::vector<int64_t> unit(static_cast<size_t>(copies + steps));
+  for (int phase = 0; phase < copies + steps; ++phase) {
+    // What a part costs anew, the way of its weights or the rows that its pool shares with the next part's, should be little.
+    const SpatialStep* const step = phase < copies ? nullptr : &plan_.spatial_[phase - copies];
+    const PackedWeights* const weights = !step ? nullptr : step->winograd ? step->winograd.weights.get() : step->weights.get();
+    const int parts = weights && weights->bytes() > kHeavyWeightBytes ? 1 : step && step->ring.size ? 2 : 4;
+    const int64_t rows = rows_of(phase);
+    if (!step && rows * plan_.entry_.row_stride < kSmallCopy) {
+      unit[phase] = rows;  // others would come too late
+      continue;
+    }
+    const int64_t together = step ? step->unit_rows : 1;
+    int64_t least = together;
+    if (step && step->winograd) least *= (kProductTiles + step->winograd.tiles_x - 1) / step->winograd.tiles_x;
+    unit[phase] = shared_rows(rows, together, least, threads, parts);
+  }
+  const auto per_image = [&](int phase) { return (rows_of(phase) + unit[phase] - 1) / unit[phase]; };
+  const auto units = [&](int phase) {
+    return phase < copies + steps ? batch * per_image(phase) : panel_count(static_cast<size_t>(phase - copies - steps));
+  };
+  const auto run = [&](int phase, int64_t first, int64_t last, int thread) {
+    if (phase >= copies + steps) {
+      run_panels(static_cast<size_t>(phase - copies - steps), has_spatial ? all_features : src, dst, hidden, batch, first, last);
+      return;
+    }
+    const int64_t units_per_image = per_image(phase), rows = rows_of(phase);
+    while (first < last) {
+      const int64_t image = first / units_per_image, unit_first = first % units_per_image;
+      const int64_t unit_last = std::min(units_per_image, unit_first + last - first);
+      const int64_t row = unit_first * unit[phase], end = std::min(rows, unit_last * unit[phase]);
       Workspace own = at[static_cast<size_t>(image)];
       if (!own_scratch.empty()) own.scratch = own_scratch[static_cast<size_t>(thread)];
-      body(own, first, last);
-      r += last_unit - first_unit;
+      if (phase < copies) {
+        copy_input(own, row, end);
+      } else {
+        const SpatialStep& step = plan_.spatial_[static_cast<size_t>(phase - copies)];
+        run_step(step, own, row, end);
+        if (phase + 1 == copies + steps && plan_.transposes_output_) copy_output(own, row, end);
+      }
+      first += unit_last - unit_first;
     }
   };
-  auto work = [&](int thread, int count, Barrier& barrier) {
-    if (plan_.copies_input_) {
-      share_rows(plan_.entry_.h, 1, thread, count, [&](const Workspace& w, int64_t a, int64_t b) { copy_input(w, a, b); });
-      barrier.wait();
-    }
-    for (const SpatialStep& step : plan_.spatial_) {
-      const bool is_last = &step == &plan_.spatial_.back();
-      share_rows(step.dst.h, step.unit_rows, thread, count, [&](const Workspace& w, int64_t a, int64_t b) {
-        run_step(step, w, a, b);
-        if (is_last && plan_.transposes_output_) copy_output(w, a, b);
-      });
-      if (!is_last || !plan_.linear_.empty()) barrier.wait();
-    }
-    if (!plan_.linear_.empty()) run_chain_by_panel(has_spatial ? all_features : src, dst, hidden, batch, thread, count, barrier);
-  };
-  run_threads(threads, work);
+  run_phases(threads, copies + steps + static_cast<int>(plan_.linear_.size()), units, run);
 }
 
 const float* Executor::source(const Map& map, const Workspace& at) const {
@@ -643,17 +588,13 @@ void Executor::run_chain(float* arena, const float* src, float* dst, int64_t row
   }
 }
 
-void Executor::run_chain_by_panel(const float* src, float* dst, float* const (&hidden)[2], int64_t rows, int thread, int threads,
-                                  Barrier& barrier) const {
-  for (size_t i = 0; i < plan_.linear_.size(); ++i) {
-    const LinearStep& step = plan_.linear_[i];
-    const bool is_last = i + 1 == plan_.linear_.size();
-    float* const to = is_last ? dst : hidden[i % 2];
-    const Share share(static_cast<int64_t>(step.weights->panels.size()), thread, threads);
-    run_linear(step, src, to, rows, static_cast<size_t>(share.first), static_cast<size_t>(share.last));
-    if (!is_last) barrier.wait();
-    src = to;
-  }
+int64_t Executor::panel_count(size_t step) const { return static_cast<int64_t>(plan_.linear_[step].weights->panels.size()); }
+
+void Executor::run_panels(size_t step, const float* src, float* dst, float* const (&hidden)[2], int64_t rows, int64_t first,
+                          int64_t last) const {
+  const bool is_last = step + 1 == plan_.linear_.size();
+  run_linear(plan_.linear_[step], step ? hidden[(step - 1) % 2] : src, is_last ? dst : hidden[step % 2], rows,
+             static_cast<size_t>(first), static_cast<size_t>(last));
 }
 
 }  // namespace fastseq

@@ -7,8 +7,6 @@
 
 namespace fastseq {
 
-class Barrier;
-
 // Where one image (or group of images) is at work.
 struct Workspace {
   float* arena = nullptr;
@@ -49,11 +47,13 @@ class Executor {
   // Whole images, each with its workspace: the first steps one image after the other, the wide ones together.
   void run_images(const Workspace* images, int64_t count) const;
 
-  // Linear steps: `rows` rows through panels [first, last) of one step, or through the whole chain.
+  // Linear steps: `rows` rows through panels [first, last) of one step, or through the whole chain. `hidden`: of all rows, between
+  // the steps of a chain that goes panel by panel.
   void run_linear(const LinearStep& step, const float* src, float* dst, int64_t rows, size_t first, size_t last) const;
   void run_chain(float* arena, const float* src, float* dst, int64_t rows) const;
-  void run_chain_by_panel(const float* src, float* dst, float* const (&hidden)[2], int64_t rows, int thread, int threads,
-                          Barrier& barrier) const;
+  int64_t panel_count(size_t step) const;
+  void run_panels(size_t step, const float* src, float* dst, float* const (&hidden)[2], int64_t rows, int64_t first,
+                  int64_t last) const;
 
   const float* source(const Map& map, const Workspace& at) const;
   float* target(const Map& map, const Workspace& at) const;
