@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -93,9 +92,8 @@ class FusedSequential(nn.Sequential):
         return {key: value for key, value in self.__dict__.items() if key != COMPILED}
 
 
-@functools.cache
 def _install_lane() -> None:
-    """Once: whoever assigns to `FusedSequential.__call__` afterwards takes the lane out, and it stays out."""
+    """Whoever assigns to `FusedSequential.__call__` takes the lane out; with the original it comes back at a match."""
     if FusedSequential.__dict__["__call__"] is _CALL:
         install_lane(FusedSequential)
 

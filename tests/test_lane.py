@@ -134,6 +134,19 @@ def test_a_call_assigned_to_the_class_counts(monkeypatch: pytest.MonkeyPatch) ->
         assert fastseq.stats(model)["fused_calls"] > 0
 
 
+def test_the_lane_comes_back_with_the_call() -> None:
+    original = FusedSequential.__call__
+    with torch.no_grad():
+        FusedSequential.__call__ = lambda self, *_: "assigned"  # type: ignore[method-assign]
+        try:
+            assert small()(rows()) == "assigned"
+        finally:
+            FusedSequential.__call__ = original  # type: ignore[method-assign]
+        model, x = small(), rows()
+        model(x)
+        assert frames_of(lambda: model(x)) == []
+
+
 def test_a_subclass_has_its_own_call() -> None:
     class Loud(FusedSequential):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
