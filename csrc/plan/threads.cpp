@@ -2,15 +2,14 @@
 
 #include <omp.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -96,10 +95,12 @@ class Team {
   }
 
  private:
+  // Without a lock: a helper that holds one might be the thread that the system does not run.
   struct Helper {
-    std::mutex mutex;
-    std::condition_variable wakes;
+    sem_t wakes;
     alignas(64) std::atomic<bool> sleeps{false};
+
+    Helper() { sem_init(&wakes, /*pshared=*/0, 0); }
   };
 
   // What a helper looks at: which phase there is, and for how many threads, 0 between calls.
@@ -153,11 +154,16 @@ class Team {
   }
 
   static void wake(Helper& helper) {
-    if (!helper.sleeps.load(std::memory_order_seq_cst)) return;
-    {
-      const std::lock_guard<std::mutex> lock(helper.mutex);
+    if (helper.sleeps.load(std::memory_order_seq_cst) && helper.sleeps.exchange(false)) sem_post(&helper.wakes);
+  }
+
+  // Until the state is another than `seen`.
+  void sleep(Helper& self, uint64_t seen) {
+    self.sleeps.store(true, std::memory_order_seq_cst);
+    // Whoever takes the mark away posts.
+    if (state_.load(std::memory_order_seq_cst) != seen && self.sleeps.exchange(false)) return;
+    while (sem_wait(&self.wakes) != 0) {
     }
-    helper.wakes.notify_one();
   }
 
   // Some units of a part: the next ones of one's own, the last ones of another's. False if there are none of this phase.
@@ -208,10 +214,7 @@ class Team {
       }
       for (int i = 0; i < 64 && state_.load(std::memory_order_relaxed) == seen; ++i) pause();
       if (Clock::now() - since < (size_of(seen) ? kSpinInCall : kSpinBetweenCalls)) continue;
-      std::unique_lock<std::mutex> lock(self.mutex);
-      self.sleeps.store(true, std::memory_order_seq_cst);
-      while (state_.load(std::memory_order_seq_cst) == seen) self.wakes.wait(lock);
-      self.sleeps.store(false, std::memory_order_relaxed);
+      sleep(self, seen);
       since = Clock::now();
     }
   }
