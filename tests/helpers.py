@@ -16,9 +16,9 @@ from fastseq.testing import assert_matches
 ISAS = tuple(dict.fromkeys(row["isa"] for row in fastseq.kernels() if row["supported"]))
 
 
-# How far Winograd's results may be from float64's, in eager's errors. Over a tensor it is 3 of them (root mean square);
-# the largest of a small tensor's errors is where one draw differs from the next.
-WINOGRAD_FACTOR = 6.0
+# How far Winograd's worst element may be from float64's, in eager's worst errors: 5.13 is the most seen, where
+# a small tensor of eager's happens to be near. Over a tensor (root mean square) the usual factor holds.
+WINOGRAD_LARGEST = 5.5
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def check_run(model: nn.Sequential, x: Tensor) -> None:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.reset_parameters()
     noise = torch.randn_like(x)
-    assert_matches(run_fused(floats, noise), floats, noise, WINOGRAD_FACTOR)
+    assert_matches(run_fused(floats, noise), floats, noise, largest_factor=WINOGRAD_LARGEST)
 
 
 def largest_sum(model: nn.Sequential, x: Tensor) -> float:

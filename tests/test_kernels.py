@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import (
     ISAS,
-    WINOGRAD_FACTOR,
+    WINOGRAD_LARGEST,
     assert_exact,
     assert_was_fused,
     integer_model,
@@ -131,7 +131,7 @@ def test_exact_at_the_tails(kernel: dict[str, Any]) -> None:
                 with torch.no_grad():
                     actual = fused(x)
                 if rounds:
-                    assert_matches(actual, model, x, WINOGRAD_FACTOR)
+                    assert_matches(actual, model, x, largest_factor=WINOGRAD_LARGEST)
                 else:
                     assert_exact(actual, model, x)
         assert_was_fused(fused)
@@ -150,8 +150,8 @@ def test_error_is_that_of_float32(kernel: dict[str, Any], k: int) -> None:
     for relu in ([], [nn.ReLU()]):
         model = nn.Sequential(*layers_for(kernel["op"], channels, k), *relu).eval()
         x = torch.randn(shapes_for(kernel["op"], kernel["rows"] + 1, channels, k)[0])
-        factor = WINOGRAD_FACTOR if kernel["op"] == "conv2d_winograd" else 4.0
-        assert_matches(run_fused(model, x), model, x, factor)
+        largest = WINOGRAD_LARGEST if kernel["op"] == "conv2d_winograd" else None
+        assert_matches(run_fused(model, x), model, x, largest_factor=largest)
 
 
 @each_kernel

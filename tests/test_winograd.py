@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import (
     ISAS,
-    WINOGRAD_FACTOR,
+    WINOGRAD_LARGEST,
     assert_was_fused,
     kernels_used,
     one_thread,  # noqa: F401
@@ -81,7 +81,7 @@ def test_numbers(forced: str, shape: tuple[int, ...], pool: str) -> None:
             if nhwc:
                 x = x.to(memory_format=torch.channels_last)
             with torch.no_grad():
-                assert_matches(fused(x), model, x, WINOGRAD_FACTOR)
+                assert_matches(fused(x), model, x, largest_factor=WINOGRAD_LARGEST)
         assert_was_fused(fused)
         sizes = [size + 2 * padding - k + 1 for size in (h, w)]
         if pool == "pool3s2":
@@ -101,17 +101,17 @@ def test_all_sizes_of_maps(forced: str, k: int) -> None:
             x = torch.randn(1, 6, h + k - 1, w + k - 1)
             fused = fastseq.optimize(model)
             with torch.no_grad():
-                assert_matches(fused(x), model, x, WINOGRAD_FACTOR)
+                assert_matches(fused(x), model, x, largest_factor=WINOGRAD_LARGEST)
             assert uses_winograd(fused) == (h >= out and w >= out)
             if h >= 2 and w >= 2:
-                assert_matches(run_fused(pooled, x), pooled, x, WINOGRAD_FACTOR)
+                assert_matches(run_fused(pooled, x), pooled, x, largest_factor=WINOGRAD_LARGEST)
 
 
 @each_isa
 def test_long_sums_and_groups_of_many_tiles(forced: str) -> None:
     model = conv(200, 24, 3, 1)
     x = torch.randn(2, 200, 19, 23)
-    assert_matches(run_fused(model, x), model, x, WINOGRAD_FACTOR)
+    assert_matches(run_fused(model, x), model, x, largest_factor=WINOGRAD_LARGEST)
 
 
 @each_isa
@@ -151,7 +151,7 @@ def test_special_values_keep_their_footprint(forced: str, shape: tuple[int, ...]
                 x[1, c_in // 2, row, column] = value
                 with torch.no_grad():
                     actual = fused(x)
-                assert_matches(actual, model, x, WINOGRAD_FACTOR)
+                assert_matches(actual, model, x, largest_factor=WINOGRAD_LARGEST)
         assert_was_fused(fused)
         assert uses_winograd(fused)
 

@@ -24,7 +24,6 @@ from .layers import build_input, build_model, walk
 from .mutations import MUTATIONS, PLAIN
 
 FACTOR = 4  # how much larger than eager's error ours may be
-WINOGRAD_FACTOR = 6  # and where a convolution is Winograd's: 3 over a tensor, but not in each of its elements
 FLOOR = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SUPPORTED_ISAS = {row["isa"] for row in fastseq.kernels() if row["supported"]}
 # Layers that only choose and move values: their results have the bits of eager's.
@@ -443,17 +442,15 @@ class Lockstep:
             return
         self.features["compared with float64"] += 1
         error, eager = distance(found, exact), distance(wanted, exact)
-        factor = FACTOR
         if self.uses_winograd():
-            # Where integers make eager exact, or a window takes the least of many, only the floor is a measure.
-            factor, floor = WINOGRAD_FACTOR, 4 * floor
-        allowed = max(floor, factor * eager)
+            floor *= 4  # where integers make eager exact, or a window takes the least of many, only that is a measure
+        allowed = max(floor, FACTOR * eager)
         if error > allowed:
             # Eager may be near by luck: how far does one rounding of each weight and each layer's result lead?
             noise = self.noise(call, number, exact)
             self.features["judged by sensitivity"] += 1
             self.check(
-                error <= factor * noise,
+                error <= FACTOR * noise,
                 f"{what}: error against float64 is {error:.3g}, eager's {eager:.3g}, that of single roundings "
                 f"{noise:.3g}; {self.first_difference(found, wanted)}",
             )
