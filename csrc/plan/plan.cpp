@@ -21,6 +21,8 @@ constexpr int64_t kFarRows = 14, kFarthestRows = 28;
 constexpr int64_t kInPlaceBytes = int64_t{256} << 20;
 // Linear weights beyond this are worth a pass of their own over the batch.
 constexpr int64_t kSplitWeightBytes = int64_t{1} << 20;
+// Input channels from which on Winograd's products take narrower panels.
+constexpr int64_t kDeepChannels = 128;
 // A block holds about this many pixels: enough to amortise the call, little enough to stay in L1.
 constexpr int64_t kBlockPixels = 192;
 // Longest chain of additions into one accumulator, and the shortest worth ending.
@@ -327,7 +329,9 @@ class PlanBuilder {
   }
 
   void make_winograd(SpatialStep& step, const StepSpec& spec, size_t index, const ConvShape& shape) {
-    const Choice choice = choose("conv2d_winograd", set_.product_rows, set_.preferred_vectors, spec.out);
+    // The weights of one point and panel pass through L1 with the rows they meet: with more channels a panel is narrower.
+    const int preferred = spec.in < kDeepChannels ? set_.preferred_vectors : std::min(set_.preferred_vectors, 3);
+    const Choice choice = choose("conv2d_winograd", set_.product_rows, preferred, spec.out);
     step.winograd = plan_winograd(shape, choice.vectors, set_);
     const bool is_small = step.winograd.has_few_channels;
     PackedPtr& packed = cache_[{index, choice.vectors, kPackedWinograd}];

@@ -12,12 +12,14 @@ constexpr int kPatch = cpu::kWinogradPatch, kPoints = cpu::kWinogradPoints;
 // Costs in fused multiply-adds of one vector, measured on Zen 4 with AVX-512 (the ratios hold for AVX2): a patch and vector of
 // input channels, a tile and vector of output channels, and the share of the peak that the products and the direct tiles reach.
 constexpr double kInputCost = 220, kOutputCost = 190, kProductShare = 0.96, kDirectShare = 0.93;
+// A sum of the products is stored, added to the inverse transform's input: as much as this many of its terms.
+constexpr double kStoreCost = 2;
 // The same with few channels; with few registers as well, most of what waits for the second half of the transform is spilled.
 constexpr double kFewInputCost = 90, kFewOutputCost = 170, kFewSpilledOutputCost = 360;
 // Weights that are used for few tiles arrive at this many floats per multiply-add, from L3.
 constexpr double kStreamFloats = 6;
 // Groups: small where the transformed weights stay in L2, larger where each group streams them again.
-constexpr int64_t kSmallGroup = 14, kLargeGroup = 28, kLargeWeightFloats = int64_t{640} << 10;
+constexpr int64_t kSmallGroup = 14, kLargeGroup = 28, kLargeWeightFloats = int64_t{256} << 10;
 // The error of longer chains of additions would outgrow the transforms'.
 constexpr int64_t kLongestChain = 24, kChainsOfGroup = 5;
 // A stride of a multiple of 4 KiB would put all points of a tile in the same few cache sets.
@@ -88,7 +90,7 @@ bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set) {
   const double tiles = std::ceil(static_cast<double>(shape.h) / out) * std::ceil(static_cast<double>(shape.w) / out);
 
   const double direct = pixels * out_vectors * c_in * taps / kDirectShare;
-  double transforms, products = tiles * kPoints * c_in * out_vectors / kProductShare;
+  double transforms, products = tiles * kPoints * (c_in + kStoreCost) * out_vectors / kProductShare;
   if (has_few_channels(shape)) {
     transforms = tiles * (kFewInputCost + out_vectors * (set.lanes < kMostLanes ? kFewSpilledOutputCost : kFewOutputCost));
   } else {

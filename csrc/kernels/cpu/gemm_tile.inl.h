@@ -14,6 +14,17 @@ static FASTSEQ_INLINE void check_job(const TileJob& job, int panel_lanes) {
   (void)job, (void)panel_lanes;
 }
 
+// The cache lines of kFloats weights.
+template <int kFloats>
+static FASTSEQ_INLINE void prefetch_ahead(const float* weight) {
+#pragma GCC unroll 16
+  for (int j = 0; j < kFloats; j += kLineFloats) __builtin_prefetch(weight + j);
+}
+
+// From the weights that are read to those asked for. Half of it leaves tiles waiting for weights that come from memory; more gains
+// nothing (4096-4096, 4 to 64 rows, a Xeon with AMX: 2048, 4096 and 8192 bytes take 0.82, 0.72 and 0.68 of the time without).
+constexpr int64_t kWeightsAhead = 1024;
+
 template <int kRowsT, int kVec>
 static FASTSEQ_INLINE void accumulate(const TileJob& job, const int32_t* src_offset, Vec (&acc)[kRowsT][kVec]) {
   const float* src[kRowsT];
@@ -34,6 +45,7 @@ static FASTSEQ_INLINE void accumulate(const TileJob& job, const int32_t* src_off
       Vec w[kVec];
 #pragma GCC unroll 16
       for (int j = 0; j < kVec; ++j) w[j] = *reinterpret_cast<const Vec*>(weight + j * kLanes);
+      if constexpr (kVec > 1) prefetch_ahead<kVec * kLanes>(weight + kWeightsAhead);
 #pragma GCC unroll 16
       for (int i = 0; i < kRowsT; ++i) {
         const Vec x = splat(src[i][k]);
