@@ -14,7 +14,9 @@ from fastseq import _env, _native
 from fastseq.controls import restore
 from fastseq.matcher import EXCLUDED, WITHOUT_WINOGRAD, is_excluded, is_plain_sequential, match
 from fastseq.module import FusedModule, fuse
+from fastseq.plan import TIMED
 from fastseq.sequential import COMPILED, KINDS, FusedSequential
+from fastseq.timing import time_kernels
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,12 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def optimize(
-    model: ModelT, *, exclude: Iterable[str] = (), inplace: bool = False, winograd: Literal["auto", "off"] = "auto"
+    model: ModelT,
+    *,
+    exclude: Iterable[str] = (),
+    inplace: bool = False,
+    winograd: Literal["auto", "off"] = "auto",
+    example_input: Any = None,
 ) -> ModelT:
     """A copy of `model` whose `nn.Sequential`s run known layer runs with fused kernels.
 
@@ -42,6 +49,11 @@ def optimize(
             where that is estimated to be faster: two to three times fewer multiplications, and an error of up to four
             times that of eager's direct sums, relative to the largest values within a few pixels (`verify` shows it).
             "off" keeps to direct sums.
+        example_input: a tensor, or a tuple of all positional arguments. If given, the result is called with it, in eval
+            mode and without gradients, and each fused layer on the CPU runs on whichever of its kernels is the fastest
+            then, at this batch size and thread count, instead of on the one that a cost model chooses: between a
+            fraction of a second and some seconds. What was found goes with the module, also into copies and pickles;
+            layers of other sizes keep to the cost model.
 
     Returns:
         The copy, or the model itself with `inplace`. Of a model that is optimised already: optimised as well.
@@ -49,7 +61,7 @@ def optimize(
     Raises:
         TypeError: `model` is not an `nn.Module`, or `exclude` is one string or holds something else than strings.
         ValueError: a name in `exclude` is no module's, or `winograd` is neither "auto" nor "off".
-        Exception: whatever `copy.deepcopy(model)` raises, for models that cannot be copied.
+        Exception: whatever `copy.deepcopy(model)` raises, for models that cannot be copied, and `model(example_input)`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -72,6 +84,7 @@ def optimize(
     for path, module in result.named_modules():
         module.__dict__.pop(COMPILED, None)  # plans from before may hold what is excluded now
         module.__dict__.pop(WITHOUT_WINOGRAD, None)
+        module.__dict__.pop(TIMED, None)
         if winograd == "off":
             module.__dict__[WITHOUT_WINOGRAD] = True
         if is_excluded(module):
@@ -86,6 +99,8 @@ def optimize(
             fuse(module)
             if isinstance(module, FusedModule):
                 log.debug("forward as one plan: %s", path or "the model itself")
+    if example_input is not None:
+        time_kernels(result, example_input)
     return result
 
 

@@ -38,7 +38,12 @@ def native_steps(segment: NativeSegment) -> tuple[list[dict[str, Any]], list[nn.
     return steps, layers
 
 
-def native_run(segment: NativeSegment, allows_winograd: bool = True) -> Any:
+# The keys in a module's __dict__ of the kernels that timing has found, by layer, which go with the module, also into
+# copies; and of whether calls are timed now.
+TIMED, TIMING = "_fastseq_timed", "_fastseq_timing"
+
+
+def native_run(segment: NativeSegment, owner: nn.Module) -> Any:
     """The native run of a segment. It keeps no weights until its first call."""
     steps, layers = native_steps(segment)
     watches = [watch(layer) for layer in layers]
@@ -52,7 +57,9 @@ def native_run(segment: NativeSegment, allows_winograd: bool = True) -> Any:
         isa=_env.isa_cap() or "",
         kernel=_env.preferred_kernel() or "",
         checks=_env.check(),
-        winograd=allows_winograd,
+        winograd=WITHOUT_WINOGRAD not in owner.__dict__,
+        timings=owner.__dict__.get(TIMED, {}),
+        times_kernels=TIMING in owner.__dict__,
     )
 
 
@@ -91,8 +98,7 @@ class CompiledMatch:
         self.match = match
         self.past = add_stats([]) if before is None else before.stats()
         self.past_declined = {} if before is None else before.declined()
-        allows_winograd = WITHOUT_WINOGRAD not in owner.__dict__
-        self.runs = [native_run(s, allows_winograd) if isinstance(s, NativeSegment) else None for s in match.segments]
+        self.runs = [native_run(s, owner) if isinstance(s, NativeSegment) else None for s in match.segments]
         module = _native.module()
         owners = line.containers if line else list(map(Container, (owner, *match.nested)))
         containers = [
@@ -146,6 +152,15 @@ class CompiledMatch:
         for run in self.runs:
             if run is not None:
                 run.hold(load)
+
+    def stop_timing(self) -> dict[str, str]:
+        """Time no more calls. Returns what was found, and what was known before: kernels by layer."""
+        found: dict[str, str] = {}
+        for run in self.runs:
+            if run is not None:
+                run.stop_timing()
+                found |= run.timings()
+        return found
 
     def stats(self) -> dict[str, Any]:
         return add_stats([self.past, self.program.stats()])

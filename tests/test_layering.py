@@ -28,6 +28,7 @@ LEVELS = {
     "cuda": 7,
     "module": 7,
     "controls": 8,
+    "timing": 8,
     "reference": 9,
     "optimize": 9,
     "dynamo": 10,

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "bindings/output_memory.h"
+#include "plan/timing.h"
 
 namespace fastseq {
 namespace {
@@ -26,12 +27,14 @@ bool is_only_python_thread() {
 }  // namespace
 
 CpuRun::CpuRun(const std::vector<StepSource>& steps, RunShape shape, const std::string& isa_cap, std::string forced_kernel,
-               bool allows_winograd)
+               bool allows_winograd, KernelTimings timings, bool times_kernels)
     : steps_(steps),
       shape_(shape),
       kernels_(cpu::select_isa(isa_cap)),
       forced_kernel_(std::move(forced_kernel)),
-      allows_winograd_(allows_winograd) {
+      allows_winograd_(allows_winograd),
+      timings_(std::move(timings)),
+      times_kernels_(times_kernels) {
   if (!kernels_) throw std::invalid_argument("no kernels for ISA '" + isa_cap + "' on this machine");
 }
 
@@ -88,28 +91,43 @@ const CpuRun::Entry* CpuRun::find(const Signature& signature) {
   return nullptr;
 }
 
-const CpuRun::Entry& CpuRun::plan_for(const Signature& signature, const Parameters& parameters) {
-  if (const Entry* const entry = find(signature)) return *entry;
-  // Contiguous copies live until the weights are packed.
-  std::vector<at::Tensor> weights = parameters.weights(), biases = parameters.biases();
-  SizedSteps sized = size_steps(steps_, weights, biases, signature, shape_);
-  for (size_t i = 0; i < steps_.size(); ++i) {
-    if (!weights[i].defined()) continue;
-    weights[i] = weights[i].contiguous();
-    sized.specs[i].weight = static_cast<const float*>(weights[i].const_data_ptr());
-    if (!biases[i].defined()) continue;
-    biases[i] = biases[i].contiguous();
-    sized.specs[i].bias = static_cast<const float*>(biases[i].const_data_ptr());
+// The steps with their weights, and contiguous copies that live as long as this.
+struct CpuRun::Layers {
+  Layers(const CpuRun& run, const Signature& signature, const Parameters& parameters)
+      : weights(parameters.weights()), biases(parameters.biases()) {
+    sized = size_steps(run.steps_, weights, biases, signature, run.shape_);
+    for (size_t i = 0; i < run.steps_.size(); ++i) {
+      if (!weights[i].defined()) continue;
+      weights[i] = weights[i].contiguous();
+      sized.specs[i].weight = static_cast<const float*>(weights[i].const_data_ptr());
+      if (!biases[i].defined()) continue;
+      biases[i] = biases[i].contiguous();
+      sized.specs[i].bias = static_cast<const float*>(biases[i].const_data_ptr());
+    }
   }
+
+  std::vector<at::Tensor> weights, biases;
+  SizedSteps sized;
+};
+
+PlanOptions CpuRun::plan_options(bool output_is_nhwc) const {
   PlanOptions options;
   options.kernels = kernels_;
   options.forced_kernel = forced_kernel_;
   options.allows_winograd = allows_winograd_;
-  options.output_is_nhwc = sized.output_is_nhwc && !shape_.flattens_output;
-  Entry entry{signature, Plan::build(signature.input_spec(), sized.specs, options, packed_), options.output_is_nhwc};
+  options.timings = &timings_;
+  options.output_is_nhwc = output_is_nhwc && !shape_.flattens_output;
+  return options;
+}
+
+const CpuRun::Entry& CpuRun::plan_for(const Signature& signature, const Parameters& parameters) {
+  if (const Entry* const entry = find(signature)) return *entry;
+  const Layers layers(*this, signature, parameters);
+  const PlanOptions options = plan_options(layers.sized.output_is_nhwc);
+  Entry entry{signature, Plan::build(signature.input_spec(), layers.sized.specs, options, packed_), options.output_is_nhwc};
   copies_.resize(steps_.size());
   for (size_t step : entry.plan->in_place())
-    if (!copies_[step].defined() && !parameters.weight(step).is_contiguous()) copies_[step] = weights[step];
+    if (!copies_[step].defined() && !parameters.weight(step).is_contiguous()) copies_[step] = layers.weights[step];
   plans_.insert(plans_.begin(), std::move(entry));
   ++plans_made_;
   if (plans_.size() > kMostPlans) plans_.pop_back();
@@ -121,6 +139,26 @@ void CpuRun::pack_again(const Parameters& parameters) {
   for (const Entry& entry : plans_) signatures.push_back(entry.signature);
   forget_plans();
   for (auto signature = signatures.rbegin(); signature != signatures.rend(); ++signature) plan_for(*signature, parameters);
+}
+
+bool CpuRun::wants_timing(const Signature& signature) const {
+  return times_kernels_ && std::find(timed_.begin(), timed_.end(), signature) == timed_.end();
+}
+
+void CpuRun::time_kernels(const InputView& view, const Parameters& parameters) {
+  const Layers layers(*this, view.signature, parameters);
+  const PlanOptions given = plan_options(layers.sized.output_is_nhwc);
+  const KernelTimings known = timings_;  // another thread's call may add to the other
+  timed_.push_back(view.signature);
+  KernelTimings timed;
+  {
+    const int threads = at::get_num_threads();
+    const py::gil_scoped_release release;
+    PlanOptions options = given;
+    options.timings = &known;
+    timed = fastseq::time_kernels(view.signature.input_spec(), layers.sized.specs, options, view.batch, threads);
+  }
+  timings_.merge(timed);
 }
 
 at::Tensor CpuRun::call(const at::Tensor& input, const InputView& view, const Parameters& parameters) {

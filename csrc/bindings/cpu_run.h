@@ -17,7 +17,7 @@ namespace fastseq {
 class CpuRun {
  public:
   CpuRun(const std::vector<StepSource>& steps, RunShape shape, const std::string& isa_cap, std::string forced_kernel,
-         bool allows_winograd);
+         bool allows_winograd, KernelTimings timings, bool times_kernels);
 
   // The result of a call whose input and parameters passed the gate. Throws Refusal. Releases the GIL while the kernels work.
   at::Tensor call(const at::Tensor& input, const InputView& view, const Parameters& parameters);
@@ -30,6 +30,13 @@ class CpuRun {
 
   // Whether a call, of this process, is reading parameters in place now.
   bool is_reading() const;
+
+  // Whether calls are timed and none with this signature was. time_kernels() lets go of the GIL: afterwards nothing is known of the
+  // parameters. Throws Refusal.
+  bool wants_timing(const Signature& signature) const;
+  void time_kernels(const InputView& view, const Parameters& parameters);
+  void stop_timing() { times_kernels_ = false; }
+  const KernelTimings& timings() const { return timings_; }  // what was given and what was timed
 
   uint64_t fingerprint(const at::Tensor& tensor) const;
   bool has_plans() const { return !plans_.empty(); }
@@ -50,7 +57,10 @@ class CpuRun {
     bool output_is_nhwc;
   };
 
+  struct Layers;
+
   const Entry* find(const Signature& signature);
+  PlanOptions plan_options(bool output_is_nhwc) const;
   const Entry& plan_for(const Signature& signature, const Parameters& parameters);
   at::Tensor run(const Entry& entry, const at::Tensor& input, const InputView& view, const Parameters* parameters);
 
@@ -59,6 +69,9 @@ class CpuRun {
   const cpu::KernelSet* kernels_;
   const std::string forced_kernel_;
   const bool allows_winograd_;
+  KernelTimings timings_;
+  bool times_kernels_;
+  std::vector<Signature> timed_;
   PackCache packed_;
   std::vector<at::Tensor> copies_;  // by step: contiguous copies of weights that would be read in place if they were
   // Under the GIL. A forked child has none of its parent's readers.

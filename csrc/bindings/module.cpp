@@ -113,22 +113,25 @@ PYBIND11_MODULE(_C, m) {
   py::class_<NativeRun, std::shared_ptr<NativeRun>>(m, "NativeRun")
       .def(py::init([](const std::vector<py::dict>& steps, std::vector<std::shared_ptr<ModuleWatch>> watches, bool flattens_input,
                        bool flattens_output, bool flattens_by_view, int64_t rows_features, const std::string& isa,
-                       const std::string& kernel, bool checks, bool winograd) {
+                       const std::string& kernel, bool checks, bool winograd, KernelTimings timings, bool times_kernels) {
              std::vector<StepSource> sources;
              for (const py::dict& step : steps) sources.push_back(step_from(step));
              const RunShape shape{sources.at(0).spec.op != Op::kLinear, flattens_input, flattens_output, flattens_by_view,
                                   rows_features};
              return std::make_shared<NativeRun>(std::move(sources), std::move(watches), shape,
-                                                RunOptions{isa, kernel, checks, winograd});
+                                                RunOptions{isa, kernel, checks, winograd, std::move(timings), times_kernels});
            }),
            py::arg("steps"), py::arg("watches"), py::arg("flattens_input"), py::arg("flattens_output"),
            py::arg("flattens_by_view") = false, py::arg("rows_features") = 0, py::arg("isa") = "", py::arg("kernel") = "",
-           py::arg("checks") = false, py::arg("winograd") = true)
+           py::arg("checks") = false, py::arg("winograd") = true, py::arg("timings") = KernelTimings(),
+           py::arg("times_kernels") = false)
       .def("hold", &NativeRun::hold, py::arg("load"), "Answer other threads with the weights of now until `load()` is false.")
       .def("describe", describe, "The plan of the last call, or None.")
       .def("forget_last_plan", &NativeRun::forget_last_plan)
       .def("plans_made", &NativeRun::plans_made)
       .def("packed_bytes", &NativeRun::packed_bytes)
+      .def("timings", &NativeRun::timings, "Kernels found by timing, by layer; empty for the engine's own choice.")
+      .def("stop_timing", &NativeRun::stop_timing)
       .def("refresh", &NativeRun::refresh);
 
   add_program_types(m);

@@ -26,7 +26,7 @@ NativeRun::NativeRun(std::vector<StepSource> steps, std::vector<std::shared_ptr<
       watches_(std::move(watches)),
       shape_(shape),
       parameters_(steps_, watches_),
-      cpu_(steps_, shape_, options.isa_cap, options.forced_kernel, options.allows_winograd),
+      cpu_(steps_, shape_, options.isa_cap, options.forced_kernel, options.allows_winograd, options.timings, options.times_kernels),
       cuda_(steps_, shape_, options.forced_kernel, options.checks) {}
 
 WatchResult NativeRun::check() const {
@@ -147,6 +147,10 @@ Outcome NativeRun::call(PyObject* object) {
       cuda_.forget_last_plan();
       // Nothing was written yet. Eager may need less, or says in its own words that there is too little.
       try {
+        if (cpu_.wants_timing(view.signature)) {
+          cpu_.time_kernels(view, parameters_);
+          return call(object);
+        }
         return {cpu_.call(*input, view, parameters_), nullptr};
       } catch (const std::bad_alloc&) {
         return {{}, kNoMemory};

@@ -21,11 +21,13 @@ struct Outcome {
   Reason reason = nullptr;
 };
 
-// How plans are made and run: what FASTSEQ_ISA, FASTSEQ_KERNEL, FASTSEQ_CHECK and optimize(winograd=...) ask for.
+// How plans are made and run: what FASTSEQ_ISA, FASTSEQ_KERNEL, FASTSEQ_CHECK and optimize's winograd and example_input ask for.
 struct RunOptions {
   std::string isa_cap, forced_kernel;
   bool checks = false;
   bool allows_winograd = true;
+  KernelTimings timings;       // CPU engine only
+  bool times_kernels = false;  // calls add to them
 };
 
 class NativeRun {
@@ -57,6 +59,8 @@ class NativeRun {
   std::optional<Description> describe_last_plan() const;
   int64_t plans_made() const { return cpu_.plans_made() + cuda_.plans_made(); }
   void forget_last_plan() { cpu_.forget_last_plan(), cuda_.forget_last_plan(); }
+  const KernelTimings& timings() const { return cpu_.timings(); }
+  void stop_timing() { cpu_.stop_timing(); }
   int64_t packed_bytes() const { return cpu_.packed_bytes() + cuda_.packed_bytes(); }
 
   // For the garbage collector: the references held here.

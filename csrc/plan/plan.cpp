@@ -84,8 +84,13 @@ class PlanBuilder {
     size_t first_linear = 0;
     while (first_linear < steps.size() && steps[first_linear].op != Op::kLinear) ++first_linear;
     if (first_linear > 0 && !input.is_spatial) throw Refusal("convolution and pooling need an input of shape (N, C, H, W)");
-    infer_sizes(input, steps, first_linear);
+    // Kernels count pixels and channels of one row in 32 bits.
+    to_offset(input.channels * input.w);
+    to_offset(input.h);
+    StepSizes sizes = infer_sizes(input, steps, first_linear);
+    sizes_ = std::move(sizes.maps), conv_sizes_ = std::move(sizes.convs);
     plan_.src_image_ = input.is_spatial ? input.channels * input.h * input.w : input.features;
+    look_up_timings(steps, first_linear);
     place_spatial(steps, first_linear);
     build_linear(steps, first_linear);
     lay_out_arena();
@@ -95,43 +100,31 @@ class PlanBuilder {
   }
 
  private:
-  struct Size {
-    int64_t channels, h, w;
-  };
-
   void count_weights(const PackedPtr& weights) {
     if (weights) plan_.weight_bytes_ += weights->bytes();
   }
 
-  void infer_sizes(const InputSpec& input, const std::vector<StepSpec>& steps, size_t first_linear) {
-    // Kernels count pixels and channels of one row in 32 bits.
-    to_offset(input.channels * input.w);
-    to_offset(input.h);
-    sizes_.push_back({input.channels, input.h, input.w});
-    conv_sizes_.resize(first_linear);
-    for (size_t i = 0; i < first_linear; ++i) {
-      const StepSpec& step = steps[i];
-      Size size = sizes_.back();
-      if (step.op == Op::kConv2d) {
-        const Window& w = step.conv;
-        if (step.in != size.channels) throw Refusal("conv2d weight expects another number of channels");
-        size = {step.out, conv_size(size.h, w.k_h, w.stride_h, w.pad_top, w.pad_bottom),
-                conv_size(size.w, w.k_w, w.stride_w, w.pad_left, w.pad_right)};
-        if (size.channels < 1) throw Refusal("conv2d has no output channels");
-        conv_sizes_[i] = size;
-      }
-      if (step.has_pool || step.op == Op::kMaxPool2d) {
-        const Window& w = step.pool;
-        size.h = pool_size(size.h, w.k_h, w.stride_h, w.pad_top, w.ceil_mode);
-        size.w = pool_size(size.w, w.k_w, w.stride_w, w.pad_left, w.ceil_mode);
-      }
-      sizes_.push_back(size);
+  void look_up_timings(const std::vector<StepSpec>& steps, size_t first_linear) {
+    timed_.resize(steps.size());
+    if (!options_.timings || !options_.forced_kernel.empty()) return;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const auto found = options_.timings->find(layer_key(set_.isa, steps[i], i < first_linear ? sizes_[i] : MapSize{}));
+      if (found != options_.timings->end() && (found->second.empty() || find_row("", found->second)))
+        timed_[i] = {true, found->second};
     }
+  }
+
+  // Where the choice of a step's kernel comes from, for the report.
+  std::string note(size_t index) const {
+    const Timed& timed = timed_[index];
+    return !timed.is_known        ? ""
+           : timed.kernel.empty() ? "timed: its own choice is the fastest"
+                                  : "timed: faster than its own choice";
   }
 
   // What of a convolution is computed, and whether its pool happens in the tile's registers.
   ConvShape conv_shape(const StepSpec& spec, size_t index) const {
-    const Size full = conv_sizes_[index], dst = sizes_[index + 1];
+    const MapSize full = conv_sizes_[index], dst = sizes_[index + 1];
     ConvShape shape{spec.in, spec.out, full.h, full.w, spec.conv, false};
     if (spec.has_pool) {
       const Window& w = spec.pool;
@@ -146,8 +139,8 @@ class PlanBuilder {
   bool uses_winograd(const StepSpec& spec, size_t index) const {
     if (spec.op != Op::kConv2d || !options_.allows_winograd) return false;
     const ConvShape shape = conv_shape(spec, index);
-    const bool asks_for_direct = forced_row(shape.pools_in_registers ? "conv2d_maxpool2d" : "conv2d") != nullptr;
-    const bool asks_for_winograd = forced_row("conv2d_winograd") != nullptr;
+    const bool asks_for_direct = wanted_row(shape.pools_in_registers ? "conv2d_maxpool2d" : "conv2d", index) != nullptr;
+    const bool asks_for_winograd = wanted_row("conv2d_winograd", index) != nullptr;
     if (asks_for_direct != asks_for_winograd) return asks_for_winograd && can_use_winograd(shape, spec);
     return is_winograd_faster(shape, set_) && can_use_winograd(shape, spec);
   }
@@ -158,8 +151,8 @@ class PlanBuilder {
     const int64_t taps = spec.conv.k_h * spec.conv.k_w;
     if (taps > kLongestSum) return false;
     const ConvShape shape = conv_shape(spec, index);
-    const bool asks_for_tile = forced_row(shape.pools_in_registers ? "conv2d_maxpool2d" : "conv2d") != nullptr;
-    const bool asks_for_plane = forced_row("conv2d_plane") != nullptr;
+    const bool asks_for_tile = wanted_row(shape.pools_in_registers ? "conv2d_maxpool2d" : "conv2d", index) != nullptr;
+    const bool asks_for_plane = wanted_row("conv2d_plane", index) != nullptr;
     if (asks_for_tile != asks_for_plane) return asks_for_plane;
     const int64_t plane = round_up(shape.w, 2 * set_.lanes) / set_.lanes * shape.c_out * taps;
     const int64_t tile = shape.w * (round_up(shape.c_out, set_.lanes) / set_.lanes) * taps;
@@ -168,7 +161,7 @@ class PlanBuilder {
   }
 
   // An arena map for `size`, with room for the zero border that the step which reads it wants.
-  Map arena_map(Size size, const StepSpec* reader, bool packs_pixels) const {
+  Map arena_map(MapSize size, const StepSpec* reader, bool packs_pixels) const {
     Map map;
     map.channels = size.channels, map.h = size.h, map.w = size.w;
     const bool is_read_by_conv = reader && reader->op == Op::kConv2d;
@@ -236,7 +229,7 @@ class PlanBuilder {
     const bool has_linear = count < steps.size();
     for (size_t i = 0; i < count; ++i) {
       const bool is_last = i + 1 == count;
-      const Size size = sizes_[i + 1];
+      const MapSize size = sizes_[i + 1];
       Map dst;
       if (!is_last) {
         dst = arena_map(size, &steps[i + 1], false);
@@ -262,7 +255,7 @@ class PlanBuilder {
       plan_.spatial_.push_back(make_spatial(steps[i], i, current, dst));
       current = dst;
     }
-    const Size last = sizes_.back();
+    const MapSize last = sizes_.back();
     if (has_linear) {
       plan_.features_ = round_up(last.h * current.row_stride + kSlack, 16);
     } else {
@@ -273,7 +266,7 @@ class PlanBuilder {
 
   SpatialStep make_spatial(const StepSpec& spec, size_t index, const Map& src, const Map& dst) {
     SpatialStep step;
-    step.name = spec.name;
+    step.name = spec.name, step.note = note(index);
     step.src = src, step.dst = dst;
     step.lower = lower_bound(spec.has_relu);
     step.conv = spec.conv, step.pool = spec.pool;
@@ -295,7 +288,7 @@ class PlanBuilder {
     const int* max_rows = step.pools_in_registers ? set_.pool_rows : set_.max_rows;
     const char* op = step.pools_in_registers ? "conv2d_maxpool2d" : "conv2d";
     const Choice choice =
-        choose(op, max_rows, step.pools_in_registers ? set_.preferred_pool_vectors : set_.preferred_vectors, spec.out);
+        choose(op, index, max_rows, step.pools_in_registers ? set_.preferred_pool_vectors : set_.preferred_vectors, spec.out);
     step.kernel = choice.kernel;
     PackedPtr& packed = cache_[{index, choice.vectors, step.pools_in_registers ? kPackedPooled : kPackedDirect}];
     if (!packed) packed = pack_conv2d(spec, choice.panels, set_.lanes);
@@ -331,7 +324,7 @@ class PlanBuilder {
   void make_winograd(SpatialStep& step, const StepSpec& spec, size_t index, const ConvShape& shape) {
     // The weights of one point and panel pass through L1 with the rows they meet: with more channels a panel is narrower.
     const int preferred = spec.in < kDeepChannels ? set_.preferred_vectors : std::min(set_.preferred_vectors, 3);
-    const Choice choice = choose("conv2d_winograd", set_.product_rows, preferred, spec.out);
+    const Choice choice = choose("conv2d_winograd", index, set_.product_rows, preferred, spec.out);
     step.winograd = plan_winograd(shape, choice.vectors, set_);
     const bool is_small = step.winograd.has_few_channels;
     PackedPtr& packed = cache_[{index, choice.vectors, kPackedWinograd}];
@@ -397,20 +390,20 @@ class PlanBuilder {
       if (spec.in != width) throw Refusal("linear weight expects another number of features");
       if (spec.in < 1 || spec.out < 1) throw Refusal("linear has no features");
       LinearStep step;
-      step.name = spec.name;
+      step.name = spec.name, step.note = note(i);
       step.n = spec.out, step.k = spec.in;
       step.lower = lower_bound(spec.has_relu);
       step.flops = 2.0 * spec.out * spec.in;
       const bool reads_map = follows_spatial && i == first;
       const int64_t spatial = reads_map ? sizes_.back().h * sizes_.back().w : 1;
       const int64_t pitch = reads_map ? plan_.spatial_.back().dst.pitch : 0;
-      const cpu::KernelRow* const packs = forced_row("linear");
-      const cpu::KernelRow* const in_place = forced_row("linear_in_place");
+      const cpu::KernelRow* const packs = wanted_row("linear", i);
+      const cpu::KernelRow* const in_place = wanted_row("linear_in_place", i);
       if (in_place || (!packs && step.weight_bytes() >= kInPlaceBytes)) {
         read_in_place(step, spec, i);
         step.spatial = spatial, step.pixel_pitch = pitch;
       } else {
-        const Choice choice = choose("linear", set_.max_rows, set_.preferred_vectors, spec.out);
+        const Choice choice = choose("linear", i, set_.max_rows, set_.preferred_vectors, spec.out);
         step.kernel = choice.kernel;
         PackedPtr& packed = cache_[{i, choice.vectors, spatial}];
         if (!packed) packed = pack_linear(spec, choice.panels, spatial, set_);
@@ -458,25 +451,35 @@ class PlanBuilder {
     plan_.arena_floats_ += 16;
   }
 
+  struct Timed {
+    bool is_known = false;
+    std::string kernel;  // empty for the engine's own choice
+  };
+
   struct Choice {
     int vectors;  // of the widest panel, which names the kernel
     std::vector<int> panels;
     std::string kernel;
   };
 
-  // The first kernel of this operation that FASTSEQ_KERNEL may mean.
-  const cpu::KernelRow* forced_row(const std::string& op) const {
-    if (options_.forced_kernel.empty()) return nullptr;
+  // The first kernel of this operation that FASTSEQ_KERNEL may mean, or timing has chosen for this step.
+  const cpu::KernelRow* wanted_row(const std::string& op, size_t index) const {
+    const std::string& wanted = options_.forced_kernel.empty() ? timed_[index].kernel : options_.forced_kernel;
+    return wanted.empty() ? nullptr : find_row(op, wanted);
+  }
+
+  // The first kernel with `part` in its name, of any operation where `op` is empty.
+  const cpu::KernelRow* find_row(const std::string& op, const std::string& part) const {
     static const std::vector<cpu::KernelRow> rows = cpu::kernel_rows();
     for (const cpu::KernelRow& row : rows)
-      if (row.op == op && row.isa == set_.isa && row.name.find(options_.forced_kernel) != std::string::npos) return &row;
+      if ((op.empty() || row.op == op) && row.isa == set_.isa && row.name.find(part) != std::string::npos) return &row;
     return nullptr;
   }
 
-  // The instruction set's preferred tile, or the one that FASTSEQ_KERNEL asks for if it is of this operation.
-  Choice choose(const std::string& op, const int* max_rows, int preferred, int64_t out) const {
+  // The instruction set's preferred tile, or the wanted one if it is of this operation.
+  Choice choose(const std::string& op, size_t index, const int* max_rows, int preferred, int64_t out) const {
     Choice choice{preferred, {}, ""};
-    if (const cpu::KernelRow* const forced = forced_row(op)) choice.vectors = forced->vectors;
+    if (const cpu::KernelRow* const wanted = wanted_row(op, index)) choice.vectors = wanted->vectors;
     const int vectors = static_cast<int>((out + set_.lanes - 1) / set_.lanes);
     choice.panels = split_vectors(vectors, choice.vectors, max_rows);
     choice.vectors = *std::max_element(choice.panels.begin(), choice.panels.end());
@@ -489,9 +492,9 @@ class PlanBuilder {
   const PlanOptions& options_;
   const cpu::KernelSet& set_;
   PackCache& cache_;
+  std::vector<Timed> timed_;  // of all steps
   std::vector<bool> uses_winograd_, uses_plane_;
-  std::vector<Size> sizes_;       // before each spatial step and after the last
-  std::vector<Size> conv_sizes_;  // between a convolution and its pool
+  std::vector<MapSize> sizes_, conv_sizes_;  // see StepSizes
 };
 
 std::shared_ptr<const Plan> Plan::build(const InputSpec& input, const std::vector<StepSpec>& steps, const PlanOptions& options,
@@ -512,10 +515,10 @@ int64_t packed_bytes(const SpatialStep& step) {
 std::vector<StepInfo> Plan::describe() const {
   std::vector<StepInfo> infos;
   for (const SpatialStep& step : spatial_)
-    infos.push_back(
-        {step.name, step.kernel, shape_text({step.dst.channels, step.dst.h, step.dst.w}), step.flops, packed_bytes(step), ""});
+    infos.push_back({step.name, step.kernel, shape_text({step.dst.channels, step.dst.h, step.dst.w}), step.flops,
+                     packed_bytes(step), step.note});
   for (const LinearStep& step : linear_)
-    infos.push_back({step.name, step.kernel, shape_text({step.n}), step.flops, step.weights->bytes(), ""});
+    infos.push_back({step.name, step.kernel, shape_text({step.n}), step.flops, step.weights->bytes(), step.note});
   return infos;
 }
 

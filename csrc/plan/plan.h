@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -10,16 +11,21 @@
 #include "kernels/cpu/kernels.h"
 #include "plan/memory.h"
 #include "plan/pack.h"
+#include "plan/sizes.h"
 #include "plan/spec.h"
 #include "plan/winograd.h"
 
 namespace fastseq {
+
+// Kernels that timing has found the fastest, by layer_key; an empty name where that is what the engine chooses by itself.
+using KernelTimings = std::map<std::string, std::string>;
 
 struct PlanOptions {
   const cpu::KernelSet* kernels = nullptr;
   std::string forced_kernel;    // part of a kernel's name, "" for none
   bool output_is_nhwc = false;  // a spatial result in channels_last order
   bool allows_winograd = true;
+  const KernelTimings* timings = nullptr;
 };
 
 // Where an activation map lives: NHWC with the next convolution's zero border around it, or the caller's own memory.
@@ -38,7 +44,7 @@ struct Map {
 
 // A spatial step: convolution, convolution with pooling, or pooling alone.
 struct SpatialStep {
-  std::string name, kernel;
+  std::string name, kernel, note;
   Map src, dst;
   bool has_conv = false, has_pool = false;
   bool pools_in_registers = false;  // 2x2/2 windows inside the tile
@@ -64,7 +70,7 @@ struct SpatialStep {
 };
 
 struct LinearStep {
-  std::string name, kernel;
+  std::string name, kernel, note;
   int64_t n = 0, k = 0;
   int64_t src_stride = 0, dst_stride = 0;  // elements from a row to the next
   float lower = 0;

@@ -1,0 +1,28 @@
+// The sizes of the maps between the steps of a run.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "plan/spec.h"
+
+namespace fastseq {
+
+struct MapSize {
+  int64_t channels = 0, h = 0, w = 0;
+};
+
+struct StepSizes {
+  std::vector<MapSize> maps;   // before each step and after the last
+  std::vector<MapSize> convs;  // between a convolution and its pool
+};
+
+// Of the first `count` steps, which are convolutions and pools. Throws Refusal where eager would raise.
+StepSizes infer_sizes(const InputSpec& input, const std::vector<StepSpec>& steps, size_t count);
+
+// What the speed of a step depends on, in words: equal keys, equal layers. `src` is the map that the step reads, nothing for
+// Linear.
+std::string layer_key(const std::string& isa, const StepSpec& step, const MapSize& src);
+
+}  // namespace fastseq
