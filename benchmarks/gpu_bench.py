@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_cases import compare, exact_result, floor_of, is_device_lost
+from gpu_cases import is_device_lost
+from gpu_compare import compare, exact_result, floor_of
 from gpu_device import (
     MODES,
     Device,

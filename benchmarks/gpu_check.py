@@ -43,10 +43,11 @@ from gpu_bench import (  # noqa: E402
     plan_rows,
     run_bench,
 )
-from gpu_cases import run_correctness, run_sanitized  # noqa: E402
+from gpu_cases import run_correctness  # noqa: E402
 from gpu_cudnn import probe_pool_fusion  # noqa: E402
 from gpu_device import Device, Gpu, StandIn, measure_ceilings  # noqa: E402
 from gpu_jobs import Outcome, Process, Reporter, python, read_events, run_tasks, text_of  # noqa: E402
+from gpu_kernels import run_sanitized  # noqa: E402
 from gpu_report import Report, bars, exit_code, failures, summary, to_markdown  # noqa: E402
 
 # Seconds each phase may take; bench takes what is left.

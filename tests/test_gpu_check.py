@@ -24,8 +24,8 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import gpu_bench  # noqa: E402
-import gpu_cases  # noqa: E402
 import gpu_check  # noqa: E402
+import gpu_compare  # noqa: E402
 import gpu_cudnn  # noqa: E402
 import gpu_jobs  # noqa: E402
 import gpu_peers  # noqa: E402
@@ -383,7 +383,7 @@ def test_cases_are_known_and_once_each() -> None:
 
 
 def problems(actual: torch.Tensor, exact: torch.Tensor, floor: float = 1e-6) -> str:
-    return "; ".join(gpu_cases.compare(actual, exact.float(), exact, floor).problems)
+    return "; ".join(gpu_compare.compare(actual, exact.float(), exact, floor).problems)
 
 
 def test_compare() -> None:
@@ -404,15 +404,15 @@ def test_compare() -> None:
 
 def test_signs_of_zeros_count_where_asked() -> None:
     zeros = torch.zeros(4)
-    found = gpu_cases.compare(-zeros, zeros, zeros.double(), 1e-6, signs=True)
+    found = gpu_compare.compare(-zeros, zeros, zeros.double(), 1e-6, signs=True)
     assert found.problems == ["signs of zeros are not eager's"]
 
 
 def test_default_flags_allow_no_tf32_in_linear_layers() -> None:
     mode = MODES["default"]
-    assert gpu_cases.floor_of(nn.Sequential(nn.Linear(2, 2)), mode) == MODES["f32"].floor
-    assert gpu_cases.floor_of(nn.Sequential(nn.Conv2d(2, 2, 1)), mode) == MODES["tf32"].floor
-    assert gpu_cases.floor_of(nn.Sequential(nn.Linear(2, 2)), MODES["bf16"]) == MODES["bf16"].floor
+    assert gpu_compare.floor_of(nn.Sequential(nn.Linear(2, 2)), mode) == MODES["f32"].floor
+    assert gpu_compare.floor_of(nn.Sequential(nn.Conv2d(2, 2, 1)), mode) == MODES["tf32"].floor
+    assert gpu_compare.floor_of(nn.Sequential(nn.Linear(2, 2)), MODES["bf16"]) == MODES["bf16"].floor
 
 
 def test_sanitizer_findings() -> None:

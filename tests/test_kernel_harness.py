@@ -1,4 +1,4 @@
-"""tests/kernel_harness.cpp: kernels and plans without torch, as in the extension, with sanitizers, and on aarch64."""
+"""tests/kernel_harness/: kernels and plans without torch, as in the extension, with sanitizers, and on aarch64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUILD = ROOT / "build" / "kernel_harness"
 SOURCES = [
     *sorted(ROOT.glob("csrc/kernels/cpu/*.cpp")),
     *sorted(path for path in ROOT.glob("csrc/plan/*.cpp") if not path.name.startswith("cuda_")),
-    ROOT / "tests/kernel_harness.cpp",
+    *sorted(ROOT.glob("tests/kernel_harness/*.cpp")),
 ]
 FLAGS = ["-std=c++17", "-fPIC", f"-I{ROOT / 'csrc'}", *CPU["CXX_FLAGS"]]
 # Debug flags: assertions are the kernels' contracts.

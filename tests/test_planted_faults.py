@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
-import test_cuda_conv as conv
 import test_cuda_linear as linear
 import torch
+from emulation import conv_kernels as conv
 from emulation.build import BUILD, FLAGS, ROOT, compiler, make, with_includes
-from test_cuda_conv import NO_PADDING, REGISTERS, Pool, Problem
+from emulation.conv_kernels import NO_PADDING, REGISTERS, Pool, Problem
 
 SEEDS = range(6)
 KERNELS = ROOT / "csrc/kernels/cuda"

@@ -1,4 +1,4 @@
-// What test_cuda_conv.py calls through ctypes: the rows of the conv and pool tables, and launches of them.
+// What conv_kernels.py calls through ctypes: the rows of the conv and pool tables, and launches of them.
 #include <cstddef>
 #include <string>
 
@@ -28,7 +28,7 @@ extern "C" {
 
 void fastseq_conv_seed(uint64_t seed) { fastseq::emulation::machine.seed = seed; }
 
-// Sizes of the structs and where their last members are, in the order in which test_cuda_conv.py declares them.
+// Sizes of the structs and where their last members are, in the order in which conv_kernels.py declares them.
 void fastseq_conv_layout(int64_t layout[8]) {
   const int64_t values[] = {
       sizeof(PackJob),      offsetof(PackJob, samples),   sizeof(PackArgs),    offsetof(PackArgs, element_bytes),

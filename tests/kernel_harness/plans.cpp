@@ -1,0 +1,199 @@
+// Whole plans: the kernels one by one, forced, then networks in every layout, batch size and number of threads.
+#include <algorithm>
+#include <stdexcept>
+#include <thread>
+
+#include "harness.h"
+#include "network.h"
+#include "plan/pack.h"
+#include "plan/plan.h"
+
+namespace fastseq::harness {
+
+namespace {
+
+std::vector<Network> networks() {
+  std::vector<Network> list;
+  auto add = [&](Network network) { list.push_back(std::move(network)); };
+  add(Network("convolution", 3, 9, 11).conv(20, 3, 3).relu());
+  add(Network("convolution without bias or ReLU", 1, 7, 7).conv(17, 5, 5, 1, 0, false));
+  add(Network("padding and stride", 5, 13, 10).conv(30, 3, 5, 2, 2).relu());
+  add(Network("1x1 convolution", 33, 6, 5).conv(64, 1, 1));
+  add(Network("pool in registers", 3, 12, 14).conv(40, 3, 3, 1, 1).relu().pool(2, 2));
+  add(Network("pool in registers, odd rows and columns", 4, 12, 10).conv(7, 4, 4).pool(2, 2));
+  add(Network("pool through a ring", 3, 15, 17).conv(20, 3, 3, 1, 1).relu().pool(3, 2, 1));
+  add(Network("overlapping pool, ceil_mode", 2, 14, 11).conv(33, 3, 3).relu().pool(3, 2, 0, true));
+  add(Network("pool alone", 19, 9, 8).pool(3, 2, 1));
+  add(Network("pool of 2x2 alone, then a convolution", 6, 10, 10).pool(2, 2).conv(9, 3, 3, 1, 1));
+  add(Network("four steps", 3, 22, 22)
+          .conv(16, 3, 3)
+          .relu()
+          .pool(2, 2)
+          .conv(30, 3, 3)
+          .relu()
+          .pool(2, 2)
+          .conv(17, 3, 3, 1, 1)
+          .relu());
+  add(Network("long sums, weights beyond the cache", 96, 8, 8).conv(97, 3, 3, 1, 1).relu());
+  add(Network("long sums, weights beyond the cache, pool through a ring", 96, 8, 8).conv(97, 3, 3, 1, 1).relu().pool(3, 2));
+  add(Network("work for two threads", 32, 20, 20).conv(48, 3, 3, 1, 1).relu().pool(2, 2).conv(24, 3, 3).pool(3, 1, 1));
+  add(Network("5x5 convolutions", 8, 13, 14).conv(20, 5, 5, 1, 2).relu().pool(2, 2).conv(9, 5, 5, 1, 1));
+  add(Network("linear", 37).linear(65));
+  add(Network("linear without bias", 700).linear(10, 0, false).relu());
+  add(Network("chain of linear", 120).linear(200).relu().linear(33).relu().linear(1));
+  add(Network("wide linear for two threads", 512).linear(700).relu().linear(520));
+  add(Network("convolution, then linear", 2, 12, 12).conv(17, 5, 5).relu().linear(40, 17 * 8 * 8).relu().linear(10));
+  add(Network("pool, then linear above 1 MiB", 3, 18, 18)
+          .conv(20, 3, 3)
+          .relu()
+          .pool(2, 2)
+          .linear(210, 20 * 8 * 8)
+          .relu()
+          .linear(5));
+  add(Network("NaN and infinities in a convolution", 3, 9, 9).conv(18, 3, 3, 1, 1).relu().special());
+  add(Network("NaN and infinities under pools", 3, 16, 16)
+          .conv(18, 3, 3, 1, 1)
+          .relu()
+          .pool(2, 2)
+          .conv(6, 3, 3)
+          .pool(3, 2, 1)
+          .special());
+  add(Network("NaN and infinities in a pool", 5, 9, 9).pool(3, 2, 1).special());
+  add(Network("NaN and infinities in linear", 200).linear(33).relu().linear(7).special());
+  add(Network("infinite bias under a pool", 3, 8, 8).conv(5, 3, 3).bias_value(kInf).pool(2, 2).special());
+  return list;
+}
+
+// `images` images of C planes in the order of their pixels.
+std::vector<float> to_nhwc(const std::vector<float>& src, int64_t images, int64_t channels, int64_t pixels) {
+  std::vector<float> dst(src.size());
+  for (int64_t n = 0; n < images; ++n)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t p = 0; p < pixels; ++p) dst[(n * pixels + p) * channels + c] = src[(n * channels + c) * pixels + p];
+  return dst;
+}
+
+constexpr int64_t kImages = 5;
+
+std::vector<float> make_input(const Network& network, Random& random) {
+  std::vector<float> src = random.values(kImages * network.elements());
+  if (network.has_special())
+    for (float v : {kNan, kInf, -kInf, -0.0f, kInf, kNan}) src[random.below(static_cast<int64_t>(src.size()))] = v;
+  return src;
+}
+
+std::vector<float> run(const Plan& plan, const Network& network, const std::vector<float>& src, int64_t first, int64_t batch,
+                       int threads) {
+  const OutputSpec& output = plan.output();
+  const int64_t elements = output.is_spatial ? output.channels * output.h * output.w : output.features;
+  const int64_t stride = static_cast<int64_t>(src.size()) / kImages;
+  // A copy of exactly the images that are asked for.
+  const std::vector<float> images(src.begin() + first * stride, src.begin() + (first + batch) * stride);
+  std::vector<float> dst(static_cast<size_t>(batch * elements), untouched());
+  const std::vector<StepSpec> steps = network.steps();
+  std::vector<const float*> weights;
+  for (size_t step : plan.in_place()) weights.push_back(steps[step].weight);
+  plan.run(images.data(), dst.data(), batch, threads, weights.data());
+  return dst;
+}
+
+void check_values(const Network& network, const std::vector<float>& src, const std::vector<float>& got, const std::string& what) {
+  const size_t per_image = got.size() / kImages;
+  for (int64_t n = 0; n < kImages; ++n) {
+    const Tensor wanted = network.reference(src.data() + n * network.elements());
+    if (wanted.value.size() != per_image) return fail(what + ": another number of elements");
+    comparisons += static_cast<int64_t>(per_image);
+    for (size_t i = 0; i < per_image; ++i)
+      if (const float value = got[n * per_image + i]; !is_close(value, wanted.value[i], wanted.error[i]))
+        return fail(what + text(": image %d, [%zu] is %.9g, not %.9g +- %.2g", static_cast<int>(n), i, value, wanted.value[i],
+                                wanted.error[i]));
+  }
+}
+
+// A network that each op of the kernel list computes, with `channels` outputs.
+Network network_of(const std::string& op, int64_t channels) {
+  if (op == "conv2d") return Network(op, 5, 6, 9).conv(channels, 3, 3).relu();
+  if (op == "conv2d_plane") return Network(op, 1, 9, 10).conv(channels, 3, 3, 1, 1).relu();
+  if (op == "conv2d_winograd") return Network(op, 9, 9, 10).conv(channels, 3, 3, 1, 1).relu();
+  if (op == "conv2d_maxpool2d") return Network(op, 5, 8, 9).conv(channels, 3, 3).relu().pool(2, 2);
+  if (op == "linear" || op == "linear_in_place") return Network(op, 150).linear(channels);
+  if (op == "maxpool2d") return Network(op, channels, 7, 7).pool(3, 2, 1);
+  throw std::runtime_error("op '" + op +
+                           "' of kernel_rows() is not known to " __FILE__ ": give it a network and its kernels a check");
+}
+
+}  // namespace
+
+// Every entry of the kernel list, forced: it is what the plan says it uses, and the values are right.
+void check_kernel_list(const KernelSet& set) {
+  Random random(13);
+  for (const KernelRow& row : kernel_rows()) {
+    if (row.isa != set.isa) continue;
+    const int64_t width = row.vectors * set.lanes;
+    for (int64_t channels : {width - 1, width, 2 * width + 1}) {
+      const Network network = network_of(row.op, std::max<int64_t>(1, channels));
+      const std::vector<float> src = make_input(network, random);
+      PlanOptions options;
+      options.kernels = &set, options.forced_kernel = row.name;
+      PackCache cache;
+      const PlanPtr plan = Plan::build(network.input(), network.steps(), options, cache);
+      const std::string used = plan->describe().front().kernel;
+      if (channels <= width && channels > width - set.lanes)
+        expect(used == row.name, row.name + " is forced and " + used + " used");
+      check_values(network, src, run(*plan, network, src, 0, kImages, 1),
+                   row.name + text(", %d channels", static_cast<int>(channels)));
+    }
+  }
+}
+
+// Whole networks: values, and the same bits for every layout, batch size and number of threads. `forced`: an op for all steps that
+// it can do, or "" for none but what the direct kernels do.
+void check_plans(const KernelSet& set, const std::string& forced) {
+  Random random(11);
+  for (const Network& network : networks()) {
+    const std::string what = std::string(set.isa) + ", " + network.name() + (forced.empty() ? "" : ", ") + forced;
+    const std::vector<float> src = make_input(network, random);
+    const std::vector<StepSpec> steps = network.steps();
+    PackCache cache;
+    std::vector<float> usual;
+    for (bool is_nhwc : {false, true})
+      for (bool to_nhwc_output : {false, true}) {
+        if (is_nhwc && !network.input().is_spatial) continue;
+        InputSpec input = network.input();
+        input.is_nhwc = is_nhwc;
+        PlanOptions options;
+        options.kernels = &set, options.output_is_nhwc = to_nhwc_output, options.allows_winograd = !forced.empty();
+        options.forced_kernel = forced;
+        const PlanPtr plan = Plan::build(input, steps, options, cache);
+        const OutputSpec& output = plan->output();
+        if (to_nhwc_output && !output.is_spatial) continue;
+        const std::vector<float> in = is_nhwc ? to_nhwc(src, kImages, input.channels, input.h * input.w) : src;
+        const std::string how = what + (is_nhwc ? ", NHWC" : ", NCHW") + (to_nhwc_output ? " to NHWC" : " to NCHW");
+
+        const std::vector<float> whole = run(*plan, network, in, 0, kImages, 1);
+        if (usual.empty()) {
+          usual = whole;
+          check_values(network, src, usual, how);
+        }
+        expect_same(whole, to_nhwc_output ? to_nhwc(usual, kImages, output.channels, output.h * output.w) : usual, how);
+        const size_t per_image = whole.size() / kImages;
+        for (int threads : {1, 2})
+          for (int64_t batch = 1; batch <= kImages; ++batch) {
+            if ((is_nhwc || to_nhwc_output) && batch != threads + 1) continue;  // all of them for one layout is enough
+            const int64_t first = random.below(kImages - batch + 1);
+            const std::vector<float> part(whole.begin() + first * per_image, whole.begin() + (first + batch) * per_image);
+            expect_same(run(*plan, network, in, first, batch, threads), part,
+                        how + text(", batch %d, %d threads", static_cast<int>(batch), threads));
+          }
+        if (is_nhwc || to_nhwc_output) continue;
+        std::vector<float> other;  // of a second caller at the same time
+        std::thread caller([&] { other = run(*plan, network, in, 0, kImages, 2); });
+        const std::vector<float> own = run(*plan, network, in, 0, kImages, 2);
+        caller.join();
+        expect_same(own, whole, how + ", beside another caller");
+        expect_same(other, whole, how + ", a second caller");
+      }
+  }
+}
+
+}  // namespace fastseq::harness

@@ -1,0 +1,161 @@
+// Register tiles, packed weights: the smallest against double precision, all others against its bits.
+#include <algorithm>
+#include <cmath>
+
+#include "harness.h"
+
+namespace fastseq::harness {
+
+namespace {
+
+// Rows of a source, read through offsets and runs, times a matrix of weights: what every tile computes a piece of.
+struct Problem {
+  static constexpr int64_t kRows = 3 * kMaxRows;
+  int64_t lanes, width, depth = 0;
+  std::vector<Run> runs;
+  std::vector<float> src, weight, bias;  // weight[k][width]
+  std::vector<int32_t> src_offset;
+  std::vector<double> sum, error;  // in double precision, bias included
+  std::vector<float> result;       // as the smallest tile computes it
+
+  Problem(const KernelSet& set, const std::vector<int>& lengths, bool has_special, Random& random)
+      : lanes(set.lanes), width(kMaxVectors * kMaxPanels * set.lanes) {
+    int64_t offset = random.below(3), end = 0;
+    for (size_t r = 0; r < lengths.size(); ++r) {
+      const int length = std::abs(lengths[r]);  // a negative one ends a partial sum
+      runs.push_back({static_cast<int32_t>(offset), length, lengths[r] < 0});
+      depth += length, end = offset + length;
+      offset = end + random.below(4);
+    }
+    for (int64_t i = 0; i < kRows; ++i) src_offset.push_back(static_cast<int32_t>(random.below(40)));
+    src = random.values(*std::max_element(src_offset.begin(), src_offset.end()) + end);
+    if (has_special)
+      for (float v : {kNan, kInf, -kInf, -0.0f}) src[static_cast<size_t>(random.below(static_cast<int64_t>(src.size())))] = v;
+    weight = random.values(depth * width), bias = random.values(width);
+    for (int64_t i = 0; i < kRows; ++i)
+      for (int64_t lane = 0; lane < width; ++lane) {
+        double value = bias[lane], magnitude = std::fabs(value);
+        int64_t k = 0;
+        for (const Run& run : runs)
+          for (int32_t n = 0; n < run.length; ++n, ++k) {
+            const double product = static_cast<double>(src[src_offset[i] + run.offset + n]) * weight[k * width + lane];
+            value += product, magnitude += std::fabs(product);
+          }
+        sum.push_back(value), error.push_back(magnitude * sum_error(depth));
+      }
+  }
+
+  // Panels of `vectors` vectors, one behind the other.
+  Panels pack(int64_t vectors, int64_t panels) const {
+    const int64_t wide = vectors * lanes;
+    Panels packed(panels * depth * wide);
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t k = 0; k < depth; ++k) std::copy_n(&weight[k * width + p * wide], wide, packed.data() + (p * depth + k) * wide);
+    return packed;
+  }
+
+  float row_max(int64_t row, int64_t lane) const {
+    float max = result[row * width + lane];
+    for (int64_t i = row + 1; i < row + 4; ++i) {
+      const float value = result[i * width + lane];
+      if (value > max || std::isnan(value)) max = value;
+    }
+    return max;
+  }
+};
+
+// One call of a tile loop: `tiles` tiles of `rows` results over `panels` panels, compared with the smallest tile's bits.
+void check_tile(const Problem& problem, TileLoop loop, bool pools, int64_t rows, int64_t vectors, int64_t panels, int64_t tiles,
+                int64_t last_lanes, float lower, Random& random, const std::string& what) {
+  const int64_t wide = vectors * problem.lanes, stored = (panels - 1) * wide + last_lanes, count = rows * tiles;
+  const Panels weight = problem.pack(vectors, panels);
+  std::vector<int32_t> dst_offset;
+  for (int64_t i = 0, at = random.below(5); i < count; ++i, at += stored + random.below(3))
+    dst_offset.push_back(static_cast<int32_t>(at));
+  std::vector<float> dst(static_cast<size_t>(dst_offset.back() + stored), untouched()), wanted = dst;
+  for (int64_t i = count - 1; i > 0; --i) std::swap(dst_offset[i], dst_offset[random.below(i + 1)]);
+
+  TileJob job = {};
+  job.src = problem.src.data(), job.src_offset = problem.src_offset.data();
+  job.runs = problem.runs.data(), job.run_count = static_cast<int32_t>(problem.runs.size());
+  job.weight = weight.data(), job.panel_stride = problem.depth * wide;
+  const std::vector<float> bias(problem.bias.begin(), problem.bias.begin() + panels * wide);
+  job.bias = bias.data(), job.lower = lower;
+  job.dst = dst.data(), job.dst_offset = dst_offset.data(), job.lanes = static_cast<int32_t>(last_lanes);
+  loop(job, tiles);
+
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t lane = 0; lane < stored; ++lane) {
+      const float value = pools ? problem.row_max(4 * i, lane) : problem.result[i * problem.width + lane];
+      wanted[dst_offset[i] + lane] = value < lower ? lower : value;
+    }
+  expect_same(dst, wanted,
+              what + text(", depth %d in %zu runs, %d tiles, %d lanes, lower %g", static_cast<int>(problem.depth),
+                          problem.runs.size(), static_cast<int>(tiles), static_cast<int>(stored), static_cast<double>(lower)));
+}
+
+// The smallest tile, which the others are compared with, against double precision.
+void check_smallest_tile(Problem& problem, TileLoop loop, const std::string& what) {
+  problem.result.assign(static_cast<size_t>(Problem::kRows * problem.width), untouched());
+  const Panels weight = problem.pack(1, kMaxVectors * kMaxPanels);
+  std::vector<int32_t> dst_offset;
+  for (int64_t i = 0; i < Problem::kRows; ++i) dst_offset.push_back(static_cast<int32_t>(i * problem.width));
+  for (int64_t p = 0; p < kMaxVectors * kMaxPanels; ++p) {
+    TileJob job = {};
+    job.src = problem.src.data(), job.src_offset = problem.src_offset.data();
+    job.runs = problem.runs.data(), job.run_count = static_cast<int32_t>(problem.runs.size());
+    job.weight = weight.data() + p * problem.depth * problem.lanes;
+    job.bias = &problem.bias[p * problem.lanes], job.lower = -kInf;
+    job.dst = problem.result.data() + p * problem.lanes, job.dst_offset = dst_offset.data();
+    job.lanes = static_cast<int32_t>(problem.lanes);
+    loop(job, Problem::kRows);
+  }
+  comparisons += static_cast<int64_t>(problem.result.size());
+  for (size_t i = 0; i < problem.result.size(); ++i)
+    if (!is_close(problem.result[i], problem.sum[i], problem.error[i]))
+      return fail(what + text(": row %zu, lane %zu of depth %d is %.9g, not %.9g +- %.2g", i / problem.width, i % problem.width,
+                              static_cast<int>(problem.depth), problem.result[i], problem.sum[i], problem.error[i]));
+}
+
+}  // namespace
+
+void check_tiles(const KernelSet& set, const Tiles& tile, const Limits& max_rows, const PoolTiles& pool_tile,
+                 const Limits& pool_rows, const RowTiles& row_tile, const int (&row_panels)[4], Random& random) {
+  const std::string name = set.isa;
+  // Lengths of the runs; a negative one ends a partial sum.
+  std::vector<Problem> problems;
+  for (bool has_special : {false, true})
+    for (const std::vector<int>& lengths :
+         {std::vector<int>{1}, {2, 1}, {27}, {3, 3, 3}, {-64, -64, 5}, {100, -28, -128, 44}, {1, 1, -62, 64}})
+      problems.emplace_back(set, lengths, has_special, random);
+  for (Problem& problem : problems) check_smallest_tile(problem, tile[1][1], name + " tile 1x1");
+
+  // Every cell of a table up to its limit is a kernel, and no other is.
+  auto each_cell = [&](const char* table, TileLoop loop, bool should_exist, bool pools, int rows, int vectors, int panels) {
+    const std::string what = name + text(" %s[%d rows][%d vectors x %d panels]", table, rows, vectors, panels);
+    expect((loop != nullptr) == should_exist, what + (loop ? " exists beyond its limit" : " is missing"));
+    if (!loop) return;
+    const int64_t wide = static_cast<int64_t>(vectors) * set.lanes;
+    for (size_t p = 0; p < problems.size(); ++p) {
+      const int64_t widths[2][2] = {{1, wide}, {std::max<int64_t>(1, wide - 1), 1 + random.below(wide)}};
+      for (int64_t last_lanes : widths[p % 2])
+        check_tile(problems[p], loop, pools, rows, vectors, panels, 1 + random.below(3), last_lanes, random.coin() ? 0.0f : -kInf,
+                   random, what);
+    }
+  };
+  for (int vectors = 0; vectors <= kMaxVectors; ++vectors) {
+    expect(max_rows[vectors] >= 0 && max_rows[vectors] <= kMaxRows, name + ": max_rows fits its table");
+    expect(pool_rows[vectors] >= 0 && pool_rows[vectors] <= kMaxRows && pool_rows[vectors] % 4 == 0, name + ": so does pool_rows");
+    for (int rows = 0; rows <= kMaxRows; ++rows)
+      each_cell("tile", tile[vectors][rows], vectors && rows && rows <= max_rows[vectors], false, rows, vectors, 1);
+    for (int windows = 0; windows <= kMaxRows / 4; ++windows)
+      each_cell("pool_tile", pool_tile[vectors][windows], vectors && windows && windows <= pool_rows[vectors] / 4, true, windows,
+                vectors, 1);
+  }
+  for (int rows = 0; rows < 4; ++rows)
+    for (int panels = 0; panels <= kMaxPanels; ++panels)
+      each_cell("row_tile", row_tile[rows][panels], rows && panels && panels <= row_panels[rows], false, rows,
+                set.preferred_vectors, panels);
+}
+
+}  // namespace fastseq::harness
