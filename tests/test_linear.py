@@ -145,6 +145,22 @@ def test_large_weights() -> None:
         assert_exact(run_fused(model, x), model, x)
 
 
+@each_isa
+@pytest.mark.parametrize("k, n", [(2300, 70), (9100, 37)])
+def test_long_sums_in_stretches(isa: str, k: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panel beyond L2 is read in pieces where there are several tiles of rows: the bits are those of one row."""
+    use_kernels(monkeypatch, isa, "linear_f32")
+    model = nn.Sequential(nn.Linear(k, n), nn.ReLU(), nn.Linear(n, 3)).eval()
+    x = torch.randn(max(ROWS), k)
+    x[3, 17], x[5, k - 1], x[12, 0] = math.nan, math.inf, -math.inf
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        single = torch.cat([fused(row[None]) for row in x])
+        for m in ROWS:
+            assert torch.equal(fused(x[:m]).nan_to_num(7e7), single[:m].nan_to_num(7e7)), m
+        assert_matches(fused(x), model, x)
+
+
 IN_PLACE = "linear_in_place"
 
 

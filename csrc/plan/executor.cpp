@@ -34,6 +34,9 @@ constexpr int64_t kSmallCopy = 1024;
 // Tiles that Winograd's products want at a time.
 constexpr int64_t kProductTiles = 14;
 
+// A panel of weights that tiles of rows would each bring from beyond L2, and the floats of it that they take together instead.
+constexpr int64_t kFarPanelFloats = int64_t{128} << 10, kStretchFloats = int64_t{64} << 10;
+
 // Rows that stay together where threads share `rows` of them, a multiple of `unit`: up to `most` parts a thread, of at least
 // `least` rows, so that there is something to take over from a thread that comes late, but not at the price of idle threads at the
 // end.
@@ -56,6 +59,7 @@ void run_tiles(const cpu::TileLoop* loops, int most, cpu::TileJob job, int64_t c
     loops[size + 1](job, larger);
     job.src_offset += larger * (size + 1) * src_entries;
     job.dst_offset += larger * (size + 1);
+    if (job.sums) job.sums += larger * (size + 1) * job.sums_stride;
   }
   loops[size](job, tiles - larger);
 }
@@ -554,6 +558,11 @@ void Executor::run_linear(const LinearStep& step, const float* src, float* dst, 
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
     job.src = src + row * step.src_stride;
+    const int widest = weights.panels.front().vectors;
+    if (count > kernels_.max_rows[widest] && step.k * widest * kernels_.lanes > kFarPanelFloats) {
+      run_stretches(step, job, dst + row * step.dst_stride, count, first, last);
+      continue;
+    }
     for (size_t p = first; p < last;) {
       const Panel& panel = weights.panels[p];
       job.weight = weights.weight->data() + panel.weight_offset;
@@ -576,6 +585,44 @@ void Executor::run_linear(const LinearStep& step, const float* src, float* dst, 
       }
       p += side_by_side;
     }
+  }
+}
+
+// A block of rows through one stretch of the reduction after the other, panels inside: a stretch of a panel stays in the cache
+// until all tiles have met it, and of the rows it is the same for all panels. The sums are added in the same order as without.
+void Executor::run_stretches(const LinearStep& step, cpu::TileJob job, float* dst, int64_t rows, size_t first, size_t last) const {
+  const std::vector<Panel>& panels = step.weights->panels;
+  const int64_t first_lane = panels[first].first_lane;
+  const int64_t lanes = panels[last - 1].first_lane + panels[last - 1].vectors * kernels_.lanes - first_lane;
+  const int64_t length = std::max<int64_t>(1, kStretchFloats / (panels.front().vectors * kernels_.lanes));
+  Lease lease(plan_.scratch_);
+  float* const sums = lease.add(rows * lanes);
+  std::vector<cpu::Run> runs;
+  int64_t done = 0;
+  for (size_t begin = 0; begin < step.runs.size();) {
+    // Between partial sums, so that none is cut.
+    int64_t taken = 0;
+    runs.clear();
+    size_t end = begin;
+    do {
+      runs.push_back(step.runs[end]);
+      taken += step.runs[end].length;
+    } while (++end < step.runs.size() && (taken < length || !step.runs[end - 1].ends_partial_sum));
+    runs.back().ends_partial_sum = false;
+    job.runs = runs.data(), job.run_count = static_cast<int32_t>(runs.size());
+    job.has_sums = begin > 0, job.is_last = end == step.runs.size();
+    for (size_t p = first; p < last; ++p) {
+      const Panel& panel = panels[p];
+      const int width = panel.vectors * kernels_.lanes;
+      job.weight = step.weights->weight->data() + panel.weight_offset + done * width;
+      job.bias = step.weights->bias->data() + panel.first_lane;
+      job.dst = dst + panel.first_lane;
+      job.lanes = static_cast<int32_t>(std::min<int64_t>(width, step.dst_stride - panel.first_lane));
+      job.sums = sums + rows * (panel.first_lane - first_lane), job.sums_stride = width;
+      run_tiles(kernels_.tile[panel.vectors], kernels_.max_rows[panel.vectors], job, rows, 1);
+    }
+    done += taken;
+    begin = end;
   }
 }
 

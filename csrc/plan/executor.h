@@ -50,6 +50,7 @@ class Executor {
   // Linear steps: `rows` rows through panels [first, last) of one step, or through the whole chain. `hidden`: of all rows, between
   // the steps of a chain that goes panel by panel.
   void run_linear(const LinearStep& step, const float* src, float* dst, int64_t rows, size_t first, size_t last) const;
+  void run_stretches(const LinearStep& step, cpu::TileJob job, float* dst, int64_t rows, size_t first, size_t last) const;
   void run_chain(float* arena, const float* src, float* dst, int64_t rows) const;
   int64_t panel_count(size_t step) const;
   void run_panels(size_t step, const float* src, float* dst, float* const (&hidden)[2], int64_t rows, int64_t first,

@@ -64,8 +64,29 @@ struct Problem {
   }
 };
 
+// What a tile loop computes of a problem, and how it may be called.
+enum class Kind { kTile, kPool, kRow };
+
+// The same call of a loop in stretches of the reduction, one partial sum each.
+void run_in_stretches(TileLoop loop, TileJob job, const Problem& problem, int64_t wide, int64_t count, int64_t tiles) {
+  std::vector<float> sums(static_cast<size_t>(count * wide), untouched());
+  job.sums = sums.data(), job.sums_stride = static_cast<int32_t>(wide);
+  std::vector<Run> stretch;
+  for (size_t r = 0; r < problem.runs.size(); ++r) {
+    stretch.push_back(problem.runs[r]);
+    job.is_last = r + 1 == problem.runs.size();
+    if (!stretch.back().ends_partial_sum && !job.is_last) continue;
+    if (!job.is_last) stretch.back().ends_partial_sum = 0;
+    job.runs = stretch.data(), job.run_count = static_cast<int32_t>(stretch.size());
+    loop(job, tiles);
+    for (const Run& run : stretch) job.weight += run.length * wide;
+    job.has_sums = true;
+    stretch.clear();
+  }
+}
+
 // One call of a tile loop: `tiles` tiles of `rows` results over `panels` panels, compared with the smallest tile's bits.
-void check_tile(const Problem& problem, TileLoop loop, bool pools, int64_t rows, int64_t vectors, int64_t panels, int64_t tiles,
+void check_tile(const Problem& problem, TileLoop loop, Kind kind, int64_t rows, int64_t vectors, int64_t panels, int64_t tiles,
                 int64_t last_lanes, float lower, Random& random, const std::string& what) {
   const int64_t wide = vectors * problem.lanes, stored = (panels - 1) * wide + last_lanes, count = rows * tiles;
   const Panels weight = problem.pack(vectors, panels);
@@ -86,12 +107,17 @@ void check_tile(const Problem& problem, TileLoop loop, bool pools, int64_t rows,
 
   for (int64_t i = 0; i < count; ++i)
     for (int64_t lane = 0; lane < stored; ++lane) {
-      const float value = pools ? problem.row_max(4 * i, lane) : problem.result[i * problem.width + lane];
+      const float value = kind == Kind::kPool ? problem.row_max(4 * i, lane) : problem.result[i * problem.width + lane];
       wanted[dst_offset[i] + lane] = value < lower ? lower : value;
     }
-  expect_same(dst, wanted,
-              what + text(", depth %d in %zu runs, %d tiles, %d lanes, lower %g", static_cast<int>(problem.depth),
-                          problem.runs.size(), static_cast<int>(tiles), static_cast<int>(stored), static_cast<double>(lower)));
+  const std::string how =
+      what + text(", depth %d in %zu runs, %d tiles, %d lanes, lower %g", static_cast<int>(problem.depth), problem.runs.size(),
+                  static_cast<int>(tiles), static_cast<int>(stored), static_cast<double>(lower));
+  expect_same(dst, wanted, how);
+  if (kind != Kind::kTile) return;
+  dst.assign(dst.size(), untouched());
+  run_in_stretches(loop, job, problem, wide, count, tiles);
+  expect_same(dst, wanted, how + ", in stretches");
 }
 
 // The smallest tile, which the others are compared with, against double precision.
@@ -131,7 +157,7 @@ void check_tiles(const KernelSet& set, const Tiles& tile, const Limits& max_rows
   for (Problem& problem : problems) check_smallest_tile(problem, tile[1][1], name + " tile 1x1");
 
   // Every cell of a table up to its limit is a kernel, and no other is.
-  auto each_cell = [&](const char* table, TileLoop loop, bool should_exist, bool pools, int rows, int vectors, int panels) {
+  auto each_cell = [&](const char* table, TileLoop loop, bool should_exist, Kind kind, int rows, int vectors, int panels) {
     const std::string what = name + text(" %s[%d rows][%d vectors x %d panels]", table, rows, vectors, panels);
     expect((loop != nullptr) == should_exist, what + (loop ? " exists beyond its limit" : " is missing"));
     if (!loop) return;
@@ -139,7 +165,7 @@ void check_tiles(const KernelSet& set, const Tiles& tile, const Limits& max_rows
     for (size_t p = 0; p < problems.size(); ++p) {
       const int64_t widths[2][2] = {{1, wide}, {std::max<int64_t>(1, wide - 1), 1 + random.below(wide)}};
       for (int64_t last_lanes : widths[p % 2])
-        check_tile(problems[p], loop, pools, rows, vectors, panels, 1 + random.below(3), last_lanes, random.coin() ? 0.0f : -kInf,
+        check_tile(problems[p], loop, kind, rows, vectors, panels, 1 + random.below(3), last_lanes, random.coin() ? 0.0f : -kInf,
                    random, what);
     }
   };
@@ -147,14 +173,14 @@ void check_tiles(const KernelSet& set, const Tiles& tile, const Limits& max_rows
     expect(max_rows[vectors] >= 0 && max_rows[vectors] <= kMaxRows, name + ": max_rows fits its table");
     expect(pool_rows[vectors] >= 0 && pool_rows[vectors] <= kMaxRows && pool_rows[vectors] % 4 == 0, name + ": so does pool_rows");
     for (int rows = 0; rows <= kMaxRows; ++rows)
-      each_cell("tile", tile[vectors][rows], vectors && rows && rows <= max_rows[vectors], false, rows, vectors, 1);
+      each_cell("tile", tile[vectors][rows], vectors && rows && rows <= max_rows[vectors], Kind::kTile, rows, vectors, 1);
     for (int windows = 0; windows <= kMaxRows / 4; ++windows)
-      each_cell("pool_tile", pool_tile[vectors][windows], vectors && windows && windows <= pool_rows[vectors] / 4, true, windows,
-                vectors, 1);
+      each_cell("pool_tile", pool_tile[vectors][windows], vectors && windows && windows <= pool_rows[vectors] / 4, Kind::kPool,
+                windows, vectors, 1);
   }
   for (int rows = 0; rows < 4; ++rows)
     for (int panels = 0; panels <= kMaxPanels; ++panels)
-      each_cell("row_tile", row_tile[rows][panels], rows && panels && panels <= row_panels[rows], false, rows,
+      each_cell("row_tile", row_tile[rows][panels], rows && panels && panels <= row_panels[rows], Kind::kRow, rows,
                 set.preferred_vectors, panels);
 }
 

@@ -26,7 +26,7 @@ static FASTSEQ_INLINE void prefetch_ahead(const float* weight) {
 constexpr int64_t kWeightsAhead = 1024;
 
 template <int kRowsT, int kVec>
-static FASTSEQ_INLINE void accumulate(const TileJob& job, const int32_t* src_offset, Vec (&acc)[kRowsT][kVec]) {
+static FASTSEQ_INLINE void accumulate(const TileJob& job, const int32_t* src_offset, const float* sums, Vec (&acc)[kRowsT][kVec]) {
   const float* src[kRowsT];
 #pragma GCC unroll 16
   for (int i = 0; i < kRowsT; ++i) src[i] = job.src + src_offset[i];
@@ -36,7 +36,13 @@ static FASTSEQ_INLINE void accumulate(const TileJob& job, const int32_t* src_off
     for (int j = 0; j < kVec; ++j) acc[i][j] = Vec{};
 
   Vec total[kRowsT][kVec];
-  bool has_total = false;
+  bool has_total = sums != nullptr;
+  if (__builtin_expect(has_total, 0)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRowsT; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < kVec; ++j) total[i][j] = load(sums + i * job.sums_stride + j * kLanes);
+  }
   const float* weight = job.weight;
   for (int32_t r = 0; r < job.run_count; ++r) {
     int64_t k = job.runs[r].offset;
@@ -97,10 +103,22 @@ static void tile_loop(const TileJob& job, int64_t tiles) {
   check_job(job, kVec * kLanes);
   const int32_t* src_offset = job.src_offset;
   const int32_t* dst_offset = job.dst_offset;
+  float* sums = job.sums;
   const Vec lower = splat(job.lower);
   for (int64_t t = 0; t < tiles; ++t, src_offset += kRowsT, dst_offset += kRowsT) {
     Vec acc[kRowsT][kVec];
-    accumulate<kRowsT, kVec>(job, src_offset, acc);
+    accumulate<kRowsT, kVec>(job, src_offset, job.has_sums ? sums : nullptr, acc);
+    if (__builtin_expect(sums != nullptr, 0)) {
+      float* const to = sums;
+      sums += kRowsT * job.sums_stride;
+      if (!job.is_last) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kRowsT; ++i)
+#pragma GCC unroll 16
+          for (int j = 0; j < kVec; ++j) store(to + i * job.sums_stride + j * kLanes, acc[i][j]);
+        continue;
+      }
+    }
 #pragma GCC unroll 16
     for (int j = 0; j < kVec; ++j) {
       const Vec bias = load(job.bias + j * kLanes);
@@ -123,7 +141,7 @@ static void pool_tile_loop(const TileJob& job, int64_t tiles) {
   const Vec lower = splat(job.lower);
   for (int64_t t = 0; t < tiles; ++t, src_offset += 4 * kWindows, dst_offset += kWindows) {
     Vec acc[4 * kWindows][kVec];
-    accumulate<4 * kWindows, kVec>(job, src_offset, acc);
+    accumulate<4 * kWindows, kVec>(job, src_offset, nullptr, acc);
 #pragma GCC unroll 16
     for (int j = 0; j < kVec; ++j) {
       const Vec bias = load(job.bias + j * kLanes);

@@ -40,6 +40,12 @@ struct TileJob {
   float* dst;
   const int32_t* dst_offset;  // one per row, or one per window
   int32_t lanes;              // how many of the (last) panel's lanes are stored
+  // Where the reduction is cut into stretches, of which `runs` are one: what all rows' sums come to, [row][panel], on their way
+  // from one to the next. Null where there is one stretch; not for pooled tiles and row kernels.
+  float* sums;
+  int32_t sums_stride;  // from a row to the next
+  bool has_sums;        // of stretches before
+  bool is_last;         // dst is written then and only then
 };
 using TileLoop = void (*)(const TileJob& job, int64_t tiles);
 
