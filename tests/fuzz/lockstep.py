@@ -20,7 +20,7 @@ import fastseq
 
 from . import recording
 from .case import Call, Case, Group, Layer, Mutation
-from .layers import build_input, build_model, walk
+from .layers import BFLOAT16, build_input, build_model, walk
 from .mutations import MUTATIONS, PLAIN
 
 FACTOR = 4  # how much larger than eager's error ours may be
@@ -280,7 +280,7 @@ class Lockstep:
             "no_grad": torch.no_grad(),
             "inference": torch.inference_mode(),
             "grad": nullcontext(),
-            "autocast": torch.autocast("cpu", torch.bfloat16),
+            "autocast": torch.autocast("cpu", BFLOAT16),
         }
         hooks = recording.add_global_hook(call.global_hook, model) if call.global_hook else None
         torch.default_generator.manual_seed(call.seed)

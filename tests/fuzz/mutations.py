@@ -18,6 +18,7 @@ from torch.nn.utils import parameters_to_vector, parametrizations, prune, vector
 import fastseq
 
 from .case import Hook, Mutation
+from .layers import BFLOAT16
 from .recording import add_hook, remove_hooks
 
 T = TypeVar("T")
@@ -431,7 +432,7 @@ def toggle_flag(model: nn.Module, how: Mutation) -> None:
 
 @mutation
 def to_dtype(model: nn.Module, how: Mutation) -> None:
-    model.to((torch.float64, torch.float32, torch.bfloat16, torch.float16)[how.choice % 4])
+    model.to((torch.float64, torch.float32, BFLOAT16, torch.float16)[how.choice % 4])
 
 
 @mutation
