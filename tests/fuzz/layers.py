@@ -16,8 +16,7 @@ from .case import Case, Group, Input, Layer
 def sees_unwritten_memory(dtype: torch.dtype, rounds: int = 40) -> bool:
     """Whether eager's own convolutions of this type depend on what was in memory before.
 
-    On CPUs with AMX torch 2.13's bfloat16 ones do where channels are no multiple of the tile: NaN that somebody left
-    there comes out of finite values.
+    On a CPU with AMX some of torch 2.13's in bfloat16 do: NaN that somebody left there comes out of finite values.
     """
     conv = nn.Conv2d(3, 7, (1, 2), stride=3).to(dtype)
     x = torch.ones(33, 3, 13, 2, dtype=dtype)
