@@ -133,6 +133,43 @@ def test_bits_do_not_depend_on_batch_threads_or_layout(forced: str, shape: tuple
     assert uses_winograd(fused)
 
 
+@each_isa
+@pytest.mark.parametrize("layer", ["3x3", "5x5", "pooled", "1x1", "stride 2", "first panel"])
+def test_threads_that_share_output_channels(isa: str, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights so large that threads share panels and not rows: the same bits, also where tiles are computed again."""
+    use_kernels(monkeypatch, isa)
+    model = {
+        "3x3": lambda: conv(72, 100, 3, 1),
+        "5x5": lambda: conv(40, 152, 5, 2),
+        "pooled": lambda: conv(72, 100, 3, 1, nn.MaxPool2d(2)),
+        "1x1": lambda: conv(500, 500, 1, 0),
+        "stride 2": lambda: nn.Sequential(nn.Conv2d(72, 330, 3, 2, 1), nn.ReLU()),
+        "first panel": lambda: conv(72, 100, 3, 1),
+    }[layer]()
+    if layer == "first panel":
+        with torch.no_grad():  # sums beyond the largest float in a few channels only
+            model[0].weight[:3] *= 1e30
+    # The last step's pixels would be turned into planes, which wants whole ones.
+    model = nn.Sequential(*model, nn.Conv2d(model[0].out_channels, 6, 1)).eval()
+    fused = fastseq.optimize(model)
+    x = torch.randn(3, model[0].in_channels, 8, 8)
+    x[1, 5, 2, 2], x[2, 0, 7, 7] = math.nan, math.inf
+    if layer == "first panel":
+        x[0, :, 2:5, :] *= 1e8
+    with torch.no_grad():
+        torch.set_num_threads(1)
+        alone = torch.cat([fused(image[None]) for image in x])
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            for batch in (1, 3):
+                got = fused(x[:batch])
+                assert torch.equal(got.nan_to_num(nan=7.0), alone[:batch].nan_to_num(nan=7.0)), (threads, batch)
+                assert torch.equal(got.isnan(), alone[:batch].isnan()), (threads, batch)
+    assert_was_fused(fused)
+    if layer != "first panel":  # where an order of adding decides what overflows
+        assert_matches(alone, model, x, largest_factor=WINOGRAD_LARGEST)
+
+
 SPECIAL = [math.nan, math.inf, -math.inf, 3e38, -3.4e38, 1e-45]
 
 

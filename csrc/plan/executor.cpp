@@ -37,6 +37,12 @@ int64_t shared_rows(int64_t rows, int64_t unit, int64_t least, int threads, int 
   return best;
 }
 
+const PackedWeights* weights_of(const SpatialStep& step) {
+  return step.winograd ? step.winograd.weights.get() : step.weights.get();
+}
+
+Share share_of(int64_t lanes, int64_t part, int64_t parts) { return {lanes * part / parts, lanes * (part + 1) / parts}; }
+
 }  // namespace
 
 void Plan::run(const float* src, float* dst, int64_t batch, int threads, const float* const* weights) const {
@@ -132,6 +138,28 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
   run_phases(threads, 1 + chain_phases, units, run);
 }
 
+// Whether threads should rather share out the output channels of a step than its rows: none then reads all of the weights, and
+// products are as high as the images allow. Winograd's transforms of the input are made by each of them.
+bool Executor::shares_panels(const SpatialStep& step, int64_t batch, int threads) const {
+  const PackedWeights* const weights = weights_of(step);
+  if (!weights || weights->bytes() <= kHeavyWeightBytes || step.ring.size || step.is_plane) return false;
+  const int64_t vectors = weights->bias->size() / kernels_.lanes;
+  int64_t most = 0;
+  for (int part = 0; part < threads; ++part) {
+    const Share share = share_of(weights->bias->size(), part, threads);
+    int64_t own = 0;
+    for (const Panel& panel : weights->panels) own += share.has(panel) ? panel.vectors : 0;
+    most = std::max(most, own);
+  }
+  const auto time = [&](int64_t rows, int64_t out_vectors) {
+    const int64_t across = step.winograd ? step.winograd.tiles_x : step.conv_w;
+    const ConvPart part{rows * across, step.src.channels, step.conv.k_h * step.conv.k_w, out_vectors, kernels_.lanes};
+    return step.winograd ? winograd_time(part, step.winograd.has_few_channels) : direct_time(part);
+  };
+  const int64_t rows = batch * (step.winograd ? step.winograd.bands : step.conv_h);
+  return time(rows, most) < time((rows + threads - 1) / threads, vectors);
+}
+
 void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threads) const {
   Lease arenas(plan_.arenas_), scratch(plan_.scratch_);
   const bool has_spatial = !plan_.spatial_.empty();
@@ -154,10 +182,16 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
   const int copies = plan_.copies_input_ ? 1 : 0, steps = static_cast<int>(plan_.spatial_.size());
   const auto rows_of = [&](int phase) { return phase < copies ? plan_.entry_.h : plan_.spatial_[phase - copies].dst.h; };
   std::vector<int64_t> unit(static_cast<size_t>(copies + steps));
+  std::vector<bool> by_panel(unit.size());
   for (int phase = 0; phase < copies + steps; ++phase) {
     // What a part costs anew, the way of its weights or the rows that its pool shares with the next part's, should be little.
     const SpatialStep* const step = phase < copies ? nullptr : &plan_.spatial_[phase - copies];
-    const PackedWeights* const weights = !step ? nullptr : step->winograd ? step->winograd.weights.get() : step->weights.get();
+    const bool transposes = phase + 1 == copies + steps && plan_.transposes_output_;  // whole pixels
+    if (step && !transposes && shares_panels(*step, batch, threads)) {
+      by_panel[phase] = true;
+      continue;
+    }
+    const PackedWeights* const weights = step ? weights_of(*step) : nullptr;
     const int parts = weights && weights->bytes() > kHeavyWeightBytes ? 1 : step && step->ring.size ? 2 : 4;
     const int64_t rows = rows_of(phase);
     if (!step && rows * plan_.entry_.row_stride < kSmallCopy) {
@@ -171,11 +205,19 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
   }
   const auto per_image = [&](int phase) { return (rows_of(phase) + unit[phase] - 1) / unit[phase]; };
   const auto units = [&](int phase) {
-    return phase < copies + steps ? batch * per_image(phase) : panel_count(static_cast<size_t>(phase - copies - steps));
+    if (phase >= copies + steps) return panel_count(static_cast<size_t>(phase - copies - steps));
+    return by_panel[static_cast<size_t>(phase)] ? threads : batch * per_image(phase);
   };
   const auto run = [&](int phase, int64_t first, int64_t last, int thread) {
     if (phase >= copies + steps) {
       run_panels(static_cast<size_t>(phase - copies - steps), has_spatial ? all_features : src, dst, hidden, batch, first, last);
+      return;
+    }
+    float* const scratch_of_thread = own_scratch.empty() ? nullptr : own_scratch[static_cast<size_t>(thread)];
+    if (by_panel[static_cast<size_t>(phase)]) {
+      const SpatialStep& step = plan_.spatial_[static_cast<size_t>(phase - copies)];
+      for (int64_t part = first; part < last; ++part)
+        run_share(step, at.data(), batch, share_of(weights_of(step)->bias->size(), part, threads), scratch_of_thread);
       return;
     }
     const int64_t units_per_image = per_image(phase), rows = rows_of(phase);
@@ -184,7 +226,7 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
       const int64_t unit_last = std::min(units_per_image, unit_first + last - first);
       const int64_t row = unit_first * unit[phase], end = std::min(rows, unit_last * unit[phase]);
       Workspace own = at[static_cast<size_t>(image)];
-      if (!own_scratch.empty()) own.scratch = own_scratch[static_cast<size_t>(thread)];
+      own.scratch = scratch_of_thread;
       if (phase < copies) {
         copy_input(own, row, end);
       } else {
@@ -209,7 +251,7 @@ void Executor::run_images(const Workspace* images, int64_t count) const {
   for (size_t s = plan_.first_wide_; s < steps; ++s) {
     const SpatialStep& step = plan_.spatial_[s];
     if (step.winograd && !step.ring.pitch) {
-      run_winograd(step, images, count, step.dst, step.lower, 0, step.winograd.bands);
+      run_share(step, images, count, {}, images[0].scratch);
     } else {
       for (int64_t i = 0; i < count; ++i) run_step(step, images[i], 0, step.dst.h);
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "plan/plan.h"
 
@@ -17,6 +18,12 @@ struct Workspace {
   float* scratch = nullptr;    // the thread's own
 };
 
+// The panels whose first vector is among [begin, end) of a step's output channels.
+struct Share {
+  int64_t begin = 0, end = std::numeric_limits<int64_t>::max();  // lanes
+  bool has(const Panel& panel) const { return begin <= panel.first_lane && panel.first_lane < end; }
+};
+
 class Executor {
  public:
   Executor(const Plan& plan, const float* const* weights) : plan_(plan), kernels_(*plan.kernels_), weights_(weights) {}
@@ -28,20 +35,23 @@ class Executor {
   void run_by_image(const float* src, float* dst, int64_t batch, int threads) const;
   void run_by_row(const float* src, float* dst, int64_t batch, int threads) const;
 
+  bool shares_panels(const SpatialStep& step, int64_t batch, int threads) const;
+
   // Spatial steps: rows [first, last) of the step's output for one image.
   void copy_input(const Workspace& at, int64_t first, int64_t last) const;
   void run_step(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const;
   void copy_output(const Workspace& at, int64_t first, int64_t last) const;
-  void conv_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first, int64_t last) const;
+  void run_share(const SpatialStep& step, const Workspace* images, int64_t count, Share share, float* own_scratch) const;
+  void conv_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first, int64_t last,
+                 Share share) const;
   void conv_panel(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel, int64_t row,
                   int64_t rows) const;
-  cpu::TileJob conv_job(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel, int64_t y,
-                        int64_t x) const;
+  cpu::TileJob conv_job(const SpatialStep& step, const Workspace& at, float lower, const Panel& panel, int64_t y, int64_t x) const;
   void run_conv(const SpatialStep& step, const Panel& panel, const cpu::TileJob& job, int64_t count) const;
   void run_winograd(const SpatialStep& step, const Workspace* images, int64_t image_count, const Map& dst, float lower,
-                    int64_t first, int64_t last) const;
-  void run_tile_directly(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t row, int64_t column,
-                         const cpu::WinogradTile& tile) const;
+                    int64_t first, int64_t last, Share share, float* own_scratch) const;
+  void run_tile_directly(const SpatialStep& step, const Workspace& at, float lower, int64_t row, int64_t column,
+                         const cpu::WinogradTile& tile, int64_t first_lane, int64_t end_lane) const;
   void plane_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first, int64_t last) const;
   void pool_rows(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const;
   // Whole images, each with its workspace: the first steps one image after the other, the wide ones together.

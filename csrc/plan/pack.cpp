@@ -33,6 +33,14 @@ std::vector<int> split_vectors(int vectors, int preferred, const int* max_rows) 
   return panels;
 }
 
+std::vector<int> spread_vectors(int vectors, int preferred, const int* max_rows) {
+  const int count = (vectors + preferred - 1) / preferred;
+  std::vector<int> panels;
+  for (int i = 0; i < count; ++i) panels.push_back((vectors * (i + 1) + count - 1) / count - (vectors * i + count - 1) / count);
+  const bool has_all = std::all_of(panels.begin(), panels.end(), [&](int width) { return max_rows[width] > 0; });
+  return has_all && vectors != preferred + 1 ? panels : split_vectors(vectors, preferred, max_rows);
+}
+
 PackedPtr pack_conv2d(const StepSpec& spec, const std::vector<int>& panels, int lanes) {
   const int64_t taps = spec.conv.k_h * spec.conv.k_w, c_in = spec.in;
   auto packed = make_panels(spec, panels, lanes, taps * c_in);

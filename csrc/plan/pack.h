@@ -30,6 +30,9 @@ using PackedPtr = std::shared_ptr<const PackedWeights>;
 // How `vectors` vectors of output channels are cut into panels: `preferred` wide, the rest as evenly as `max_rows` allows.
 std::vector<int> split_vectors(int vectors, int preferred, const int* max_rows);
 
+// The same in panels of at most `preferred` that differ little and alternate, so that threads which share them out get equal parts.
+std::vector<int> spread_vectors(int vectors, int preferred, const int* max_rows);
+
 // Zero weights of `depth` rows per panel, and the bias.
 std::shared_ptr<PackedWeights> make_panels(const StepSpec& spec, const std::vector<int>& panels, int lanes, int64_t depth);
 

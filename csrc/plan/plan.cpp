@@ -324,7 +324,7 @@ class PlanBuilder {
   void make_winograd(SpatialStep& step, const StepSpec& spec, size_t index, const ConvShape& shape) {
     // The weights of one point and panel pass through L1 with the rows they meet: with more channels a panel is narrower.
     const int preferred = spec.in < kDeepChannels ? set_.preferred_vectors : std::min(set_.preferred_vectors, 3);
-    const Choice choice = choose("conv2d_winograd", index, set_.product_rows, preferred, spec.out);
+    const Choice choice = choose("conv2d_winograd", index, set_.product_rows, preferred, spec.out, spread_vectors);
     step.winograd = plan_winograd(shape, choice.vectors, set_);
     const bool is_small = step.winograd.has_few_channels;
     PackedPtr& packed = cache_[{index, choice.vectors, kPackedWinograd}];
@@ -477,11 +477,12 @@ class PlanBuilder {
   }
 
   // The instruction set's preferred tile, or the wanted one if it is of this operation.
-  Choice choose(const std::string& op, size_t index, const int* max_rows, int preferred, int64_t out) const {
+  Choice choose(const std::string& op, size_t index, const int* max_rows, int preferred, int64_t out,
+                std::vector<int> (*split)(int, int, const int*) = split_vectors) const {
     Choice choice{preferred, {}, ""};
     if (const cpu::KernelRow* const wanted = wanted_row(op, index)) choice.vectors = wanted->vectors;
     const int vectors = static_cast<int>((out + set_.lanes - 1) / set_.lanes);
-    choice.panels = split_vectors(vectors, choice.vectors, max_rows);
+    choice.panels = split(vectors, choice.vectors, max_rows);
     choice.vectors = *std::max_element(choice.panels.begin(), choice.panels.end());
     choice.kernel = op + "_f32__" + set_.isa + "_" + std::to_string(max_rows[choice.vectors]) + "x" +
                     std::to_string(choice.vectors * set_.lanes);

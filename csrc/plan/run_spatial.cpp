@@ -1,5 +1,6 @@
 // The spatial steps of a plan: convolution, directly or by Winograd, and pooling.
 #include <algorithm>
+#include <cassert>
 #include <cstring>
 #include <limits>
 
@@ -10,6 +11,7 @@ namespace fastseq {
 namespace {
 
 constexpr float kNoLower = -std::numeric_limits<float>::infinity();
+constexpr int64_t kMostLanes = 16;  // of a vector
 
 // By their bits, which the compiler can take several at a time.
 bool has_nan(const float* values, int64_t count) {
@@ -81,9 +83,9 @@ void Executor::run_step(const SpatialStep& step, const Workspace& at, int64_t fi
   if (!step.has_pool || step.pools_in_registers) {
     if (step.winograd) {
       const int64_t side = step.winograd.side;
-      run_winograd(step, &at, 1, step.dst, step.lower, first / side, (last + side - 1) / side);
+      run_winograd(step, &at, 1, step.dst, step.lower, first / side, (last + side - 1) / side, {}, at.scratch);
     } else {
-      conv_rows(step, at, step.dst, step.lower, first, last);
+      conv_rows(step, at, step.dst, step.lower, first, last, {});
     }
     return;
   }
@@ -96,9 +98,9 @@ void Executor::run_step(const SpatialStep& step, const Workspace& at, int64_t fi
     made = std::max(made, begin_conv);
     if (step.winograd) {
       const int64_t side = step.winograd.side;
-      run_winograd(step, &at, 1, step.ring, kNoLower, made / side, (end_conv + side - 1) / side);
+      run_winograd(step, &at, 1, step.ring, kNoLower, made / side, (end_conv + side - 1) / side, {}, at.scratch);
     } else if (made < end_conv) {
-      conv_rows(step, at, step.ring, kNoLower, made, end_conv);
+      conv_rows(step, at, step.ring, kNoLower, made, end_conv, {});
     }
     made = std::max(made, end_conv);
     pool_rows(step, at, row, end);
@@ -106,13 +108,22 @@ void Executor::run_step(const SpatialStep& step, const Workspace& at, int64_t fi
   }
 }
 
-void Executor::conv_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first,
-                         int64_t last) const {
+// All rows of some panels, of all images.
+void Executor::run_share(const SpatialStep& step, const Workspace* images, int64_t count, Share share, float* own_scratch) const {
+  if (step.winograd) {
+    run_winograd(step, images, count, step.dst, step.lower, 0, step.winograd.bands, share, own_scratch);
+  } else {
+    for (int64_t i = 0; i < count; ++i) conv_rows(step, images[i], step.dst, step.lower, 0, step.dst.h, share);
+  }
+}
+
+void Executor::conv_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first, int64_t last,
+                         Share share) const {
   if (step.is_plane) {
     plane_rows(step, at, dst, lower, first, last);
   } else if (step.panels_outermost) {
     for (const Panel& panel : step.weights->panels)
-      for (int64_t row = first; row < last; row += step.block_rows)
+      for (int64_t row = first; share.has(panel) && row < last; row += step.block_rows)
         conv_panel(step, at, dst, lower, panel, row, std::min(step.block_rows, last - row));
   } else {
     for (int64_t row = first; row < last; row += step.block_rows)
@@ -145,17 +156,20 @@ void Executor::plane_rows(const SpatialStep& step, const Workspace& at, const Ma
 void Executor::conv_panel(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel,
                           int64_t row, int64_t rows) const {
   const int64_t scale = step.pools_in_registers ? 2 : 1;
-  cpu::TileJob job = conv_job(step, at, dst, lower, panel, row * scale * step.conv.stride_h, 0);
+  cpu::TileJob job = conv_job(step, at, lower, panel, row * scale * step.conv.stride_h, 0);
   job.src_offset = step.src_offset.data();
+  // The caller's pixels lie close together; everywhere else there is room for whole vectors.
+  const int width = panel.vectors * kernels_.lanes;
+  const bool is_exact = dst.place == Map::Place::kCallerDst;
+  job.lanes = is_exact ? static_cast<int32_t>(std::min<int64_t>(width, dst.channels - panel.first_lane)) : width;
   job.dst = target(dst, at) + (row % dst.rows_kept) * dst.row_stride + panel.first_lane;
   job.dst_offset = step.dst_offset.data();
   run_conv(step, panel, job, rows * (step.conv_w / scale));
 }
 
-// All but the offsets of the pixels; the source is the window of the input that belongs to row y and column x before padding.
-cpu::TileJob Executor::conv_job(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, const Panel& panel,
-                                int64_t y, int64_t x) const {
-  const int width = panel.vectors * kernels_.lanes;
+// All but the pixels and where they go; the source is the window of the input that belongs to row y and column x before padding.
+cpu::TileJob Executor::conv_job(const SpatialStep& step, const Workspace& at, float lower, const Panel& panel, int64_t y,
+                                int64_t x) const {
   cpu::TileJob job = {};
   job.src = source(step.src, at) + (y - step.conv.pad_top) * step.src.row_stride + (x - step.conv.pad_left) * step.src.pitch;
   job.runs = step.runs.data();
@@ -163,9 +177,6 @@ cpu::TileJob Executor::conv_job(const SpatialStep& step, const Workspace& at, co
   job.weight = step.weights->weight->data() + panel.weight_offset;
   job.bias = step.weights->bias->data() + panel.first_lane;
   job.lower = lower;
-  // The caller's pixels lie close together; everywhere else there is room for whole vectors.
-  const bool is_exact = dst.place == Map::Place::kCallerDst;
-  job.lanes = is_exact ? static_cast<int32_t>(std::min<int64_t>(width, dst.channels - panel.first_lane)) : width;
   return job;
 }
 
@@ -177,12 +188,12 @@ void Executor::run_conv(const SpatialStep& step, const Panel& panel, const cpu::
   }
 }
 
-// Bands [first, last) of each image, a group of tiles at a time: transform, products, and results panel by panel.
+// Bands [first, last) of each image, a group of tiles at a time: transform, products, and results panel by panel of the share.
 void Executor::run_winograd(const SpatialStep& step, const Workspace* images, int64_t image_count, const Map& dst, float lower,
-                            int64_t first, int64_t last) const {
+                            int64_t first, int64_t last, Share share, float* own_scratch) const {
   const Winograd& w = step.winograd;
   const PackedWeights& weights = *w.weights;
-  float* const scratch = images[0].scratch + step.scratch_offset;
+  float* const scratch = own_scratch + step.scratch_offset;
   float* const v = scratch;
   float* const m = scratch + w.m_offset;
   float* const poison = scratch + w.poison_offset;
@@ -214,7 +225,6 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
       x = 0;
       if (++band == last) band = first, ++image;
     }
-    std::fill(poison, poison + count * kernels_.lanes, 0.0f);
 
     cpu::WinogradInputJob in = {};
     in.src = src, in.tiles = static_cast<int32_t>(count);
@@ -228,44 +238,55 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
     out.tile = tiles, out.tiles = static_cast<int32_t>(count);
     out.dst_row_stride = dst.row_stride, out.dst_pitch = dst.pitch;
     out.poison = poison;
-    // As in conv_job.
+    // As in conv_panel.
     const int64_t room = dst.place == Map::Place::kCallerDst ? dst.channels : weights.bias->size();
+    // Sums that are not finite: the transforms spread NaN and infinity over pixels that eager's sums do not reach. Panel by panel,
+    // since panels are what threads share: what is computed again must not depend on who computed what.
+    const auto mend = [&](int64_t first_lane, int64_t end_lane) {
+      if (!has_nan(poison, count * kernels_.lanes)) return;
+      for (int64_t t = 0; t < count; ++t)
+        if (has_nan(poison + t * kernels_.lanes, kernels_.lanes))
+          run_tile_directly(step, images[places[t].image], lower, places[t].row, places[t].column, tiles[t], first_lane, end_lane);
+    };
     if (w.has_few_channels) {
+      std::fill(poison, poison + count * kernels_.lanes, 0.0f);
       out.src = v, out.src_tile_stride = w.v_tile_stride;
       out.weight = weights.weight->data(), out.bias = weights.bias->data();
       out.lanes = static_cast<int32_t>(room);
       kernels_.winograd_small_output[step.pools_in_registers][step.src.channels](out);
-    } else {
-      for (const Panel& panel : weights.panels) {
-        const int64_t width = panel.vectors * kernels_.lanes;
-        const int64_t m_stride = count * width + 16;
-        for (int64_t point = 0; point < cpu::kWinogradPoints; ++point) {
-          const float* const u = weights.weight->data() + panel.weight_offset + point * step.src.channels * width;
-          run_products(
-              kernels_, panel.vectors,
-              {v + point * w.v_point_stride, w.v_tile_stride, u, in.channels, w.chain, w.chain_group, m + point * m_stride}, count);
-        }
-        out.src = m, out.src_point_stride = m_stride, out.src_tile_stride = width;
-        out.bias = weights.bias->data() + panel.first_lane;
-        out.first_lane = panel.first_lane;
-        out.lanes = static_cast<int32_t>(std::min(width, room - panel.first_lane));
-        kernels_.winograd_output[w.out == 2][step.pools_in_registers](out);
-      }
+      mend(0, room);
+      continue;
     }
-
-    if (!has_nan(poison, count * kernels_.lanes)) continue;
-    for (int64_t t = 0; t < count; ++t)
-      if (has_nan(poison + t * kernels_.lanes, kernels_.lanes))
-        run_tile_directly(step, images[places[t].image], dst, lower, places[t].row, places[t].column, tiles[t]);
+    for (const Panel& panel : weights.panels) {
+      if (!share.has(panel)) continue;
+      std::fill(poison, poison + count * kernels_.lanes, 0.0f);
+      const int64_t width = panel.vectors * kernels_.lanes;
+      const int64_t m_stride = count * width + 16;
+      for (int64_t point = 0; point < cpu::kWinogradPoints; ++point) {
+        const float* const u = weights.weight->data() + panel.weight_offset + point * step.src.channels * width;
+        run_products(kernels_, panel.vectors,
+                     {v + point * w.v_point_stride, w.v_tile_stride, u, in.channels, w.chain, w.chain_group, m + point * m_stride},
+                     count);
+      }
+      out.src = m, out.src_point_stride = m_stride, out.src_tile_stride = width;
+      out.bias = weights.bias->data() + panel.first_lane;
+      out.first_lane = panel.first_lane;
+      out.lanes = static_cast<int32_t>(std::min(width, room - panel.first_lane));
+      kernels_.winograd_output[w.out == 2][step.pools_in_registers](out);
+      mend(panel.first_lane, panel.first_lane + out.lanes);
+    }
   }
 }
 
-// A tile with sums that are not finite: the transforms spread NaN and infinity over pixels that eager's sums do not reach.
-void Executor::run_tile_directly(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t row,
-                                 int64_t column, const cpu::WinogradTile& tile) const {
+// Lanes [first_lane, end_lane) of a tile of Winograd's. The direct kernels' panels are others: they go by way of a buffer.
+void Executor::run_tile_directly(const SpatialStep& step, const Workspace& at, float lower, int64_t row, int64_t column,
+                                 const cpu::WinogradTile& tile, int64_t first_lane, int64_t end_lane) const {
+  constexpr int64_t kPixels = 16;
   const Winograd& w = step.winograd;
+  assert(w.side * w.side <= kPixels);
   const int64_t scale = step.pools_in_registers ? 2 : 1, entries = scale * scale;
-  int32_t src_offset[cpu::kWinogradPoints], dst_offset[cpu::kWinogradPoints];
+  int32_t src_offset[cpu::kWinogradPoints], dst_offset[kPixels], buffer_offset[kPixels];
+  float buffer[kPixels * cpu::kMaxVectors * kMostLanes];
   int64_t count = 0;
   for (int64_t y = tile.skip_rows; y < w.side; ++y)
     for (int64_t x = tile.skip_columns; x < w.side; ++x, ++count) {
@@ -274,10 +295,16 @@ void Executor::run_tile_directly(const SpatialStep& step, const Workspace& at, c
       std::copy_n(&w.src_offset[static_cast<size_t>(pixel * entries)], entries, &src_offset[count * entries]);
     }
   for (const Panel& panel : step.weights->panels) {
-    cpu::TileJob job = conv_job(step, at, dst, lower, panel, row * scale, column * scale);
-    job.src_offset = src_offset, job.dst_offset = dst_offset;
-    job.dst = tile.dst + panel.first_lane;
+    const int64_t width = panel.vectors * kernels_.lanes;
+    const int64_t begin = std::max<int64_t>(panel.first_lane, first_lane), end = std::min(panel.first_lane + width, end_lane);
+    if (begin >= end) continue;
+    for (int64_t i = 0; i < count; ++i) buffer_offset[i] = static_cast<int32_t>(i * width);
+    cpu::TileJob job = conv_job(step, at, lower, panel, row * scale, column * scale);
+    job.src_offset = src_offset, job.dst_offset = buffer_offset;
+    job.dst = buffer, job.lanes = static_cast<int32_t>(width);
     run_conv(step, panel, job, count);
+    for (int64_t i = 0; i < count; ++i)
+      std::copy_n(buffer + i * width + begin - panel.first_lane, end - begin, tile.dst + dst_offset[i] + begin);
   }
 }
 

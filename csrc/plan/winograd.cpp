@@ -66,13 +66,18 @@ void transform_weights(const double (&g)[kPatch][5], int taps, const float* src,
     }
 }
 
+bool has_transforms(const ConvShape& shape) {
+  const Window& w = shape.window;
+  if (w.k_h != w.k_w || (w.k_h != 3 && w.k_h != 5) || w.stride_h != 1 || w.stride_w != 1) return false;
+  const int64_t out = results_per_side(w);
+  return shape.h >= out && shape.w >= out;  // a whole tile fits
+}
+
 }  // namespace
 
 bool can_use_winograd(const ConvShape& shape, const StepSpec& spec) {
   const Window& w = shape.window;
-  if (w.k_h != w.k_w || (w.k_h != 3 && w.k_h != 5) || w.stride_h != 1 || w.stride_w != 1) return false;
-  const int64_t out = results_per_side(w);
-  if (shape.h < out || shape.w < out) return false;  // no whole tile fits
+  if (!has_transforms(shape)) return false;
   // A weight that is not finite would make every tile a case for the direct kernels.
   const float* const end = spec.weight + shape.c_out * shape.c_in * w.k_h * w.k_w;
   float poison = 0;
@@ -80,25 +85,29 @@ bool can_use_winograd(const ConvShape& shape, const StepSpec& spec) {
   return poison == 0;
 }
 
-bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set) {
-  const double out = static_cast<double>(results_per_side(shape.window));
-  const double in_vectors = static_cast<double>(ceil_div(shape.c_in, set.lanes));
-  const double out_vectors = static_cast<double>(ceil_div(shape.c_out, set.lanes));
-  const double c_in = static_cast<double>(shape.c_in);
-  const double taps = static_cast<double>(shape.window.k_h * shape.window.k_w);
-  const double pixels = static_cast<double>(shape.h * shape.w);
-  const double tiles = std::ceil(static_cast<double>(shape.h) / out) * std::ceil(static_cast<double>(shape.w) / out);
+double direct_time(const ConvPart& part) {
+  const double weights = static_cast<double>(part.c_in * part.taps * part.out_vectors);
+  return weights * std::max(static_cast<double>(part.places) / kDirectShare, part.lanes / kStreamFloats);
+}
 
-  const double direct = pixels * out_vectors * c_in * taps / kDirectShare;
-  double transforms, products = tiles * kPoints * (c_in + kStoreCost) * out_vectors / kProductShare;
-  if (has_few_channels(shape)) {
-    transforms = tiles * (kFewInputCost + out_vectors * (set.lanes < kMostLanes ? kFewSpilledOutputCost : kFewOutputCost));
-  } else {
-    transforms = tiles * (in_vectors * kInputCost + out_vectors * kOutputCost);
-    const double stream = kPoints * c_in * out_vectors * static_cast<double>(set.lanes) / kStreamFloats;
-    products = std::max(products, stream);
-  }
-  return products + transforms < direct;
+double winograd_time(const ConvPart& part, bool has_few_channels) {
+  const double tiles = static_cast<double>(part.places), out_vectors = static_cast<double>(part.out_vectors);
+  const double c_in = static_cast<double>(part.c_in);
+  const double products = tiles * kPoints * (c_in + kStoreCost) * out_vectors / kProductShare;
+  if (has_few_channels)
+    return products + tiles * (kFewInputCost + out_vectors * (part.lanes < kMostLanes ? kFewSpilledOutputCost : kFewOutputCost));
+  const double stream = kPoints * c_in * out_vectors * part.lanes / kStreamFloats;
+  const double in_vectors = static_cast<double>(ceil_div(part.c_in, part.lanes));
+  return std::max(products, stream) + tiles * (in_vectors * kInputCost + out_vectors * kOutputCost);
+}
+
+bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set) {
+  if (!has_transforms(shape)) return false;
+  const int64_t out = results_per_side(shape.window), taps = shape.window.k_h * shape.window.k_w;
+  const int64_t out_vectors = ceil_div(shape.c_out, set.lanes);
+  const ConvPart pixels{shape.h * shape.w, shape.c_in, taps, out_vectors, set.lanes};
+  const ConvPart tiles{ceil_div(shape.h, out) * ceil_div(shape.w, out), shape.c_in, taps, out_vectors, set.lanes};
+  return winograd_time(tiles, has_few_channels(shape)) < direct_time(pixels);
 }
 
 Winograd plan_winograd(const ConvShape& shape, int panel_vectors, const cpu::KernelSet& set) {

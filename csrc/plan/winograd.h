@@ -40,6 +40,18 @@ struct ConvShape {
   bool pools_in_registers;
 };
 
+// One thread's part of a convolution: all input channels of some tiles (or pixels) and vectors of output channels.
+struct ConvPart {
+  int64_t places;      // tiles; pixels where it is direct
+  int64_t c_in, taps;  // taps: of a direct one
+  int64_t out_vectors;
+  int lanes;
+};
+
+// Estimates in fused multiply-adds of one vector.
+double direct_time(const ConvPart& part);
+double winograd_time(const ConvPart& part, bool has_few_channels);
+
 // Whether the transforms exist for this convolution, and whether they are estimated to be faster than the direct kernels.
 bool can_use_winograd(const ConvShape& shape, const StepSpec& spec);
 bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set);
