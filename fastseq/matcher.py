@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastseq.patterns import PATTERNS
-from fastseq.patterns.base import Pattern
+from fastseq.patterns.base import INNER_METHODS, NORMS, Pattern, check_batchnorm
 
 KNOWN_LAYERS = {kind for pattern in PATTERNS for kind in pattern.types} | {nn.Flatten, nn.Dropout, nn.Identity}
 # What the patterns describe: the classes' forwards as torch wrote them.
@@ -28,7 +28,8 @@ LOOKED_UP: list[tuple[Any, str, Any]] = [
         (nn.Module, "_call_impl"),
         *((kind, "__call__") for kind in (nn.Sequential, *FORWARDS)),
         (nn.Conv2d, "_conv_forward"),
-        *((F, name) for name in ("conv2d", "linear", "relu", "max_pool2d", "dropout")),
+        *((kind, "_check_input_dim") for kind in (nn.BatchNorm1d, nn.BatchNorm2d)),
+        *((F, name) for name in ("conv2d", "linear", "relu", "max_pool2d", "dropout", "batch_norm")),
         *((torch, name) for name in ("relu", "relu_", "max_pool2d")),
     ]
 ]
@@ -145,8 +146,9 @@ def flatten(sequential: nn.Module, kinds: tuple[type, ...], prefix: str = "") ->
 def has_own_forward(layer: Any) -> bool:
     """Whether the instance or its class was given another forward, or inner forward of a convolution, than torch's."""
     kind = type(layer)
-    own = layer.__dict__ if kind in FORWARDS else ()
-    return kind in FORWARDS and ("forward" in own or "_conv_forward" in own or kind.forward is not FORWARDS[kind])
+    if kind not in FORWARDS:
+        return False
+    return kind.forward is not FORWARDS[kind] or any(name in layer.__dict__ for name in ("forward", *INNER_METHODS))
 
 
 def is_free(layer: Any) -> bool:
@@ -197,6 +199,8 @@ def reason_for_unknown(layer: Any) -> str:
             return f"{name} is a subclass of {kind.__name__}; fused kernels take exactly {kind.__name__}"
     if type(layer) is nn.ReLU:
         return "ReLU does not follow a Conv2d or Linear that is fused"
+    if isinstance(layer, NORMS):
+        return check_batchnorm(layer) or f"{name} does not follow a Conv2d or Linear that is fused"
     if type(layer) is nn.Flatten:
         if not is_flatten(layer):
             return f"Flatten has start_dim={layer.start_dim}, end_dim={layer.end_dim}; fused runs take 1 and -1"

@@ -11,20 +11,20 @@ from torch import nn
 from fastseq import _env, _native
 from fastseq.loading import Load
 from fastseq.matcher import WITHOUT_WINOGRAD, EagerSegment, Match, NativeSegment
-from fastseq.patterns.base import ATTRIBUTES, PARAMETERS
+from fastseq.patterns.base import ATTRIBUTES, BUFFERS, PARAMETERS
 from fastseq.program import CheckedProgram, LoggedProgram, ProgramSegment, add_stats
 from fastseq.straight_line import Container, StraightLine
 
 
 def watch(layer: nn.Module, is_fused: bool = True) -> Any:
-    """A watch on a layer: its type, hooks, and the attributes and parameters its forward reads."""
+    """A watch on a layer: its type, hooks, and the attributes, parameters and buffers its forward reads."""
     kind = type(layer)
-    parameters = PARAMETERS.get(kind, ()) if is_fused else ()
-    return _native.module().ModuleWatch(layer, list(ATTRIBUTES.get(kind, ())), list(parameters))
+    parameters, buffers = (names.get(kind, ()) if is_fused else () for names in (PARAMETERS, BUFFERS))
+    return _native.module().ModuleWatch(layer, list(ATTRIBUTES.get(kind, ())), list(parameters), buffers=list(buffers))
 
 
 def native_steps(segment: NativeSegment) -> tuple[list[dict[str, Any]], list[nn.Module]]:
-    """The steps as the engine takes them, and the modules that their "layer" counts."""
+    """The steps as the engine takes them, and the modules that their "layer" and "norm" count."""
     layers: list[Any] = []
     index: dict[int, int] = {}
     for leaf in segment.leaves:
@@ -33,8 +33,8 @@ def native_steps(segment: NativeSegment) -> tuple[list[dict[str, Any]], list[nn.
             layers.append(leaf.layer)
     steps = []
     for step in segment.steps:
-        holder = step.native["layer"]
-        steps.append({**step.native, "layer": None if holder is None else index[id(holder)]})
+        holders = {key: step.native[key] for key in ("layer", "norm")}
+        steps.append({**step.native, **{k: None if h is None else index[id(h)] for k, h in holders.items()}})
     return steps, layers
 
 
@@ -107,8 +107,8 @@ class CompiledMatch:
                 c.module,
                 c.attributes,
                 c.children,
-                tuple(c.module._modules.values()),
-                tuple(c.module._modules) if c.children else None,
+                children=tuple(c.module._modules.values()),
+                names=tuple(c.module._modules) if c.children else None,
                 is_owner=c.module is owner,
             )
             for c in owners

@@ -11,7 +11,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +105,8 @@ def _mlp_3x4096() -> nn.Module:
     return nn.Sequential(*_linear_stack(*[4096] * 4))
 
 
-def _cifar_vgg() -> nn.Module:
-    features = _conv_stack(3, [64, 64, "M", 128, 128, "M", 256, 256, "M"])
+def _cifar_vgg(has_norm: bool = False) -> nn.Module:
+    features = _conv_stack(3, [64, 64, "M", 128, 128, "M", 256, 256, "M"], has_norm=has_norm)
     return nn.Sequential(*features, nn.Flatten(), *_linear_stack(256 * 4 * 4, 256, 10))
 
 
@@ -161,15 +161,22 @@ def _vgg16() -> nn.Module:
 
 
 def _conv_stack(
-    c_in: int, channels: list[int | str], kernel_size: int = 3, padding: int = 1, inplace: bool = False
+    c_in: int,
+    channels: list[int | str],
+    kernel_size: int = 3,
+    padding: int = 1,
+    inplace: bool = False,
+    has_norm: bool = False,
 ) -> list[nn.Module]:
-    """Conv-ReLU for each number in `channels`, a 2x2 max-pool for each "M"."""
+    """Conv-ReLU for each number in `channels`, or Conv-BatchNorm-ReLU, and a 2x2 max-pool for each "M"."""
     layers: list[nn.Module] = []
     for entry in channels:
         if isinstance(entry, str):
             layers.append(nn.MaxPool2d(2))
         else:
-            layers += [nn.Conv2d(c_in, entry, kernel_size, padding=padding), nn.ReLU(inplace=inplace)]
+            layers.append(nn.Conv2d(c_in, entry, kernel_size, padding=padding, bias=not has_norm))
+            layers += [nn.BatchNorm2d(entry)] if has_norm else []
+            layers.append(nn.ReLU(inplace=inplace))
             c_in = entry
     return layers
 
@@ -206,6 +213,12 @@ class ModelCase:
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                     if module.bias is not None:
                         nn.init.normal_(module.bias, std=0.1)
+                elif isinstance(module, nn.BatchNorm2d):
+                    assert module.running_mean is not None and module.running_var is not None
+                    nn.init.uniform_(module.weight, 0.5, 1.5)
+                    nn.init.normal_(module.bias, std=0.1)
+                    nn.init.normal_(module.running_mean, std=0.1)
+                    nn.init.uniform_(module.running_var, 0.5, 2.0)
         return model.eval()
 
     def example(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
@@ -238,6 +251,9 @@ MODELS: dict[str, ModelCase] = {
         ModelCase("mlp_8x256", _mlp_8x256, (256,), (4096,), "MLP of 8 x 256"),
         ModelCase("mlp_3x4096", _mlp_3x4096, (4096,), (1, 64), "MLP of 3 x 4096"),
         ModelCase("cifar_vgg", _cifar_vgg, (3, 32, 32), (1, 32), "CIFAR VGG-like, no batch norm"),
+        ModelCase(
+            "cifar_vgg_bn", partial(_cifar_vgg, has_norm=True), (3, 32, 32), (1, 32), "CIFAR VGG-like, batch norm"
+        ),
         ModelCase("alexnet", _alexnet, (3, 224, 224), (1, 8), "AlexNet"),
         ModelCase("vgg11", _vgg11, (3, 224, 224), (1,), "VGG11"),
         ModelCase("vgg16", _vgg16, (3, 224, 224), (1, 4), "VGG16"),

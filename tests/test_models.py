@@ -24,6 +24,7 @@ def features(name: str) -> nn.Sequential:
 SMALL = [MODELS[name] for name in ("seed1", "seed1_named", "seed2", "seed3", "lenet5", "mlp")]
 LARGE = [
     MODELS["cifar_vgg"],
+    MODELS["cifar_vgg_bn"],
     ModelCase("alexnet features", lambda: features("alexnet"), (3, 79, 67), (1,)),
     ModelCase("vgg11 features", lambda: features("vgg11"), (3, 32, 32), (1,)),
     ModelCase("vgg16 features", lambda: features("vgg16"), (3, 32, 40), (1,)),

@@ -79,7 +79,8 @@ def test_table() -> None:
             f"layers            runs as      {'kernel':<{width}}  output   why",
             "(model)",
             f"  0 1             conv2d_relu  {names[0]:<{width}}  8x10x10",
-            f"  2: BatchNorm2d  eager        {'':<{width}}           no fused kernel for BatchNorm2d",
+            f"  2: BatchNorm2d  eager        {'':<{width}}           "
+            "BatchNorm2d does not follow a Conv2d or Linear that is fused",
             f"  4               linear       {names[1]:<{width}}  10",
             "'+' marks steps that run in the same native call as the line above",
         ]

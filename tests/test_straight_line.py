@@ -32,6 +32,7 @@ class Base(nn.Module):
         self.layer1 = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2))
         self.layer2 = nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU(inplace=True))
         self.norm = nn.BatchNorm2d(8)
+        self.group_norm = nn.GroupNorm(2, 8)
         self.dropout = nn.Dropout(0.5)
         self.pool = nn.MaxPool2d(2)
         self.fc1 = nn.Linear(54, 20)
@@ -107,15 +108,21 @@ class Outer(Base):
         return self.head(torch.flatten(self.trunk(x), start_dim=1))
 
 
+class Normed(Base):
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.norm(self.conv1(x))), 2)
+        return self.head(torch.flatten(self.layer2(x), 1))
+
+
 ONE_RUN: list[type[nn.Module]] = [
     Seed3, ViewOfSize, ViewOfBatchTakenFirst, ViewOfFeatures, ReshapeOfAttribute, Functions, Methods, PoolOfLayer,
-    Inner, Outer,
+    Inner, Outer, Normed,
 ]  # fmt: skip
 
 
 class NormBetween(Base):
     def forward(self, x):
-        x = F.relu(self.norm(self.conv1(x)))
+        x = F.relu(self.group_norm(self.conv1(x)))
         x = self.layer2(F.max_pool2d(x, 2))
         return F.log_softmax(self.fc2(F.relu(self.fc1(torch.flatten(x, 1)))) * 2.0, dim=1)
 

@@ -1,5 +1,6 @@
 #include "bindings/cpu_run.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/record_function.h>
 #include <unistd.h>
@@ -7,6 +8,7 @@
 #include <algorithm>
 
 #include "bindings/output_memory.h"
+#include "plan/fold.h"
 #include "plan/timing.h"
 
 namespace fastseq {
@@ -99,11 +101,32 @@ struct CpuRun::Layers {
     for (size_t i = 0; i < run.steps_.size(); ++i) {
       if (!weights[i].defined()) continue;
       weights[i] = weights[i].contiguous();
+      if (run.steps_[i].norm >= 0) fold(i, parameters, run.steps_[i].norm_eps);
       sized.specs[i].weight = static_cast<const float*>(weights[i].const_data_ptr());
       if (!biases[i].defined()) continue;
       biases[i] = biases[i].contiguous();
       sized.specs[i].bias = static_cast<const float*>(biases[i].const_data_ptr());
     }
+  }
+
+  // Replaces weight and bias of a step by copies with its BatchNorm in them.
+  void fold(size_t i, const Parameters& parameters, double eps) {
+    NormSpec norm;
+    norm.eps = eps;
+    const float** const to[] = {&norm.weight, &norm.bias, &norm.mean, &norm.variance};
+    for (size_t which = 0; which < 4; ++which) {
+      const at::Tensor values = parameters.norm(i, which);
+      if (!values.defined()) continue;
+      if (values.dim() != 1 || values.size(0) != sized.specs[i].out) throw Refusal("BatchNorm has another number of channels");
+      *to[which] = static_cast<const float*>(values.const_data_ptr());
+    }
+    const at::Tensor weight = weights[i], bias = biases[i].defined() ? biases[i].contiguous() : biases[i];
+    const int64_t channels = sized.specs[i].out;
+    weights[i] = at::detail::empty_cpu(weight.sizes(), at::kFloat, /*pin_memory=*/false, std::nullopt);
+    biases[i] = at::detail::empty_cpu({channels}, at::kFloat, /*pin_memory=*/false, std::nullopt);
+    fold_batch_norm(norm, channels, weight.numel() / channels, static_cast<const float*>(weight.const_data_ptr()),
+                    bias.defined() ? static_cast<const float*>(bias.const_data_ptr()) : nullptr,
+                    static_cast<float*>(weights[i].mutable_data_ptr()), static_cast<float*>(biases[i].mutable_data_ptr()));
   }
 
   std::vector<at::Tensor> weights, biases;
@@ -127,7 +150,8 @@ const CpuRun::Entry& CpuRun::plan_for(const Signature& signature, const Paramete
   Entry entry{signature, Plan::build(signature.input_spec(), layers.sized.specs, options, packed_), options.output_is_nhwc};
   copies_.resize(steps_.size());
   for (size_t step : entry.plan->in_place())
-    if (!copies_[step].defined() && !parameters.weight(step).is_contiguous()) copies_[step] = layers.weights[step];
+    if (!copies_[step].defined() && (steps_[step].norm >= 0 || !parameters.weight(step).is_contiguous()))
+      copies_[step] = layers.weights[step];
   plans_.insert(plans_.begin(), std::move(entry));
   ++plans_made_;
   if (plans_.size() > kMostPlans) plans_.pop_back();

@@ -80,6 +80,8 @@ bool is_tf32_overridden() {
 CudaPlanPtr make_cuda_plan(const std::vector<StepSource>& steps, const std::vector<at::Tensor>& weights,
                            const std::vector<at::Tensor>& biases, const Signature& signature, const RunShape& shape,
                            CudaPlanRequest& request) {
+  if (std::any_of(steps.begin(), steps.end(), [](const StepSource& step) { return step.norm >= 0; }))
+    throw Refusal("BatchNorm behind a fused layer on CUDA");
   const SizedSteps sized = size_steps(steps, weights, biases, signature, shape);
   std::vector<WeightLayout> layouts;
   for (const at::Tensor& weight : weights) {

@@ -36,6 +36,7 @@ StepSource step_from(const py::dict& d) {
     step.spec.pools_before_relu = d["relu_after_pool"].cast<bool>();
   }
   if (!d["layer"].is_none()) step.layer = d["layer"].cast<int>();
+  if (!d["norm"].is_none()) step.norm = d["norm"].cast<int>(), step.norm_eps = d["eps"].cast<double>();
   return step;
 }
 

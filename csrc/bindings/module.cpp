@@ -101,10 +101,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("fma_peak", fma_peak, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 
   py::class_<ModuleWatch, std::shared_ptr<ModuleWatch>>(m, "ModuleWatch")
-      .def(py::init<py::object, const std::vector<std::string>&, const std::vector<std::string>&, std::optional<py::tuple>,
-                    std::optional<py::tuple>, bool>(),
-           py::arg("module"), py::arg("attributes"), py::arg("parameters"), py::arg("children") = py::none(),
-           py::arg("names") = py::none(), py::arg("is_owner") = false);
+      .def(py::init<py::object, const std::vector<std::string>&, const std::vector<std::string>&, const std::vector<std::string>&,
+                    std::optional<py::tuple>, std::optional<py::tuple>, bool>(),
+           py::arg("module"), py::arg("attributes"), py::arg("parameters"), py::arg("buffers") = std::vector<std::string>(),
+           py::arg("children") = py::none(), py::arg("names") = py::none(), py::arg("is_owner") = false);
 
   py::class_<ForwardWatch, std::shared_ptr<ForwardWatch>>(m, "ForwardWatch")
       .def(py::init<py::object, const std::vector<std::tuple<py::object, py::str, py::object>>&>(), py::arg("function"),
@@ -116,8 +116,9 @@ PYBIND11_MODULE(_C, m) {
                        const std::string& kernel, bool checks, bool winograd, KernelTimings timings, bool times_kernels) {
              std::vector<StepSource> sources;
              for (const py::dict& step : steps) sources.push_back(step_from(step));
-             const RunShape shape{sources.at(0).spec.op != Op::kLinear, flattens_input, flattens_output, flattens_by_view,
-                                  rows_features};
+             const bool has_norm = std::any_of(sources.begin(), sources.end(), [](const StepSource& s) { return s.norm >= 0; });
+             const RunShape shape{
+                 sources.at(0).spec.op != Op::kLinear, flattens_input, flattens_output, flattens_by_view, rows_features, has_norm};
              return std::make_shared<NativeRun>(std::move(sources), std::move(watches), shape,
                                                 RunOptions{isa, kernel, checks, winograd, std::move(timings), times_kernels});
            }),

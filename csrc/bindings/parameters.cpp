@@ -35,7 +35,7 @@ Reason adopt(ParameterState& state, PyObject* object, bool is_required, const at
   state = ParameterState();
   if (!object) return "a layer has lost a parameter";
   if (object == Py_None) {
-    if (is_required) return "a layer has no weight";
+    if (is_required) return "a layer has no weight, or no running statistics";
     state.object = py::none();
     return nullptr;
   }
@@ -59,7 +59,7 @@ Reason adopt(ParameterState& state, PyObject* object, bool is_required, const at
 }  // namespace
 
 Parameters::Parameters(const std::vector<StepSource>& steps, const std::vector<std::shared_ptr<ModuleWatch>>& watches)
-    : steps_(steps), watches_(watches), states_(2 * steps.size()), changes_(steps.size(), Change::kNone) {}
+    : steps_(steps), watches_(watches), states_(kSlots * steps.size()), changes_(steps.size(), Change::kNone) {}
 
 Reason Parameters::check(const at::Tensor& input, bool records_grad, const Fingerprint& fingerprint,
                          std::vector<py::object>& replaced) {
@@ -67,13 +67,16 @@ Reason Parameters::check(const at::Tensor& input, bool records_grad, const Finge
   for (size_t i = 0; i < steps_.size(); ++i) {
     changes_[i] = Change::kNone;
     if (steps_[i].layer < 0) continue;
-    PyObject* const* const objects = watches_[static_cast<size_t>(steps_[i].layer)]->current_parameters();
-    for (size_t which = 0; which < 2; ++which) {
-      ParameterState& state = states_[2 * i + which];
-      PyObject* const object = objects[which];
+    PyObject* const* const own = watches_[static_cast<size_t>(steps_[i].layer)]->current_parameters();
+    const bool has_norm = steps_[i].norm >= 0;
+    PyObject* const* const norm = has_norm ? watches_[static_cast<size_t>(steps_[i].norm)]->current_parameters() : nullptr;
+    for (size_t which = 0; which < (has_norm ? kSlots : kNormSlot); ++which) {
+      ParameterState& state = states_[kSlots * i + which];
+      PyObject* const object = which < kNormSlot ? own[which] : norm[which - kNormSlot];
+      const bool is_required = which == 0 || which >= kNormSlot + 2;  // a weight, or statistics
       if (!is_fresh(state, object, input, fingerprint)) {
         ParameterState before = std::move(state);
-        if (Reason reason = adopt(state, object, which == 0, input, fingerprint)) refused = reason;
+        if (Reason reason = adopt(state, object, is_required, input, fingerprint)) refused = reason;
         changes_[i] = std::max(changes_[i], has_same_layout(before, state) ? Change::kContents : Change::kLayout);
         if (before.object) replaced.push_back(std::move(before.object));
       }

@@ -1,4 +1,5 @@
-// The weights and biases of a native run, and whether they are still what packed copies were made from.
+// The weights and biases of a native run, and what its BatchNorms hold, and whether they are still what packed copies were made
+// from.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -43,10 +44,12 @@ class Parameters {
   Change largest_change() const;
 
   // Of a step, undefined where it has none. Valid after check().
-  at::Tensor weight(size_t step) const { return tensor(2 * step); }
-  at::Tensor bias(size_t step) const { return tensor(2 * step + 1); }
-  const void* weight_data(size_t step) const { return states_[2 * step].data; }
-  const void* bias_data(size_t step) const { return states_[2 * step + 1].data; }
+  at::Tensor weight(size_t step) const { return tensor(kSlots * step); }
+  at::Tensor bias(size_t step) const { return tensor(kSlots * step + 1); }
+  const void* weight_data(size_t step) const { return states_[kSlots * step].data; }
+  const void* bias_data(size_t step) const { return states_[kSlots * step + 1].data; }
+  // Of the BatchNorm behind a step: weight and bias, undefined where it has none, running mean and variance.
+  at::Tensor norm(size_t step, size_t which) const { return tensor(kSlots * step + kNormSlot + which); }
   std::vector<at::Tensor> weights() const;
   std::vector<at::Tensor> biases() const;
 
@@ -54,11 +57,13 @@ class Parameters {
   int traverse(visitproc visit, void* arg) const;
 
  private:
+  static constexpr size_t kNormSlot = 2, kNormSlots = 4, kSlots = kNormSlot + kNormSlots;
+
   at::Tensor tensor(size_t slot) const;
 
   const std::vector<StepSource>& steps_;
   const std::vector<std::shared_ptr<ModuleWatch>>& watches_;
-  std::vector<ParameterState> states_;  // weight and bias of each step
+  std::vector<ParameterState> states_;  // kSlots of each step
   std::vector<Change> changes_;
 };
 

@@ -7,19 +7,20 @@ namespace {
 
 constexpr Reason kOtherRows = "view() or reshape() to rows that are not one image each";
 
-// Whether eager's result is in channels_last order: a convolution takes the order of its input or weight, and ReLU out of place
-// gives the contiguous one where both orders are the same in memory.
+// Whether eager's result is in channels_last order: a convolution takes the order of its input or weight, and BatchNorm and ReLU out
+// of place give the contiguous one where both orders are the same in memory.
 class FormatTracker {
  public:
   explicit FormatTracker(const Signature& s) : channels_(s.channels), h_(s.h), w_(s.w), is_nhwc_(s.is_nhwc) {}
 
-  void step(const StepSpec& spec, bool weight_is_nhwc) {
+  void step(const StepSpec& spec, bool weight_is_nhwc, bool has_norm) {
     if (spec.op == Op::kConv2d) {
       is_nhwc_ = is_nhwc_ || weight_is_nhwc;
       channels_ = spec.out;
       h_ = conv_size(h_, spec.conv.k_h, spec.conv.stride_h, spec.conv.pad_top, spec.conv.pad_bottom);
       w_ = conv_size(w_, spec.conv.k_w, spec.conv.stride_w, spec.conv.pad_left, spec.conv.pad_right);
     }
+    if (has_norm) give_new_strides();
     if (!spec.pools_before_relu) relu(spec);
     if (spec.has_pool || spec.op == Op::kMaxPool2d) {
       h_ = pool_size(h_, spec.pool.k_h, spec.pool.stride_h, spec.pool.pad_top, spec.pool.ceil_mode);
@@ -39,7 +40,10 @@ class FormatTracker {
 
  private:
   void relu(const StepSpec& spec) {
-    if (spec.has_relu && !spec.relu_is_in_place && (channels_ == 1 || h_ * w_ == 1)) is_nhwc_ = false;
+    if (spec.has_relu && !spec.relu_is_in_place) give_new_strides();
+  }
+  void give_new_strides() {
+    if (channels_ == 1 || h_ * w_ == 1) is_nhwc_ = false;
   }
 
   int64_t channels_, h_, w_;
@@ -59,6 +63,7 @@ Reason read_input(const at::Tensor& input, const RunShape& shape, InputView& vie
   if (shape.is_first_spatial) {
     if (rank != 3 && rank != 4) return "the input of a convolution or pool has neither 3 nor 4 dimensions";
     view.is_unbatched = rank == 3;
+    if (view.is_unbatched && shape.has_norm) return "an unbatched input to BatchNorm, which eager rejects";
     view.batch = view.is_unbatched ? 1 : input.size(0);
     signature.is_spatial = true;
     signature.is_nhwc = is_channels_last(input);
@@ -71,6 +76,7 @@ Reason read_input(const at::Tensor& input, const RunShape& shape, InputView& vie
     if (shape.rows_features && shape.rows_features != signature.features) return kOtherRows;
   } else {
     if (rank < 1) return "linear needs an input of at least 1 dimension";
+    if (rank != 2 && shape.has_norm) return "an input to Linear and BatchNorm that does not have 2 dimensions";
     if (rank > 2 && !input.is_contiguous()) return "a non-contiguous input of more than 2 dimensions to linear";
     signature.features = input.size(rank - 1);
     view.batch = input.numel() / signature.features;
@@ -133,7 +139,7 @@ SizedSteps size_steps(const std::vector<StepSource>& steps, const std::vector<at
       format.flatten(shape);
       is_spatial = false;
     }
-    if (is_spatial) format.step(spec, weight_is_nhwc);
+    if (is_spatial) format.step(spec, weight_is_nhwc, steps[i].norm >= 0);
     result.specs.push_back(std::move(spec));
   }
   if (is_spatial && shape.flattens_output) format.flatten(shape);

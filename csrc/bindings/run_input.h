@@ -13,8 +13,10 @@ namespace fastseq {
 
 // One fused step as the matcher describes it.
 struct StepSource {
-  StepSpec spec;           // all but the weights
-  int layer = -1;          // index of the watch that holds weight and bias
+  StepSpec spec;   // all but the weights
+  int layer = -1;  // index of the watch that holds weight and bias
+  int norm = -1;   // of that of a BatchNorm behind it, if there is one
+  double norm_eps = 0;
   bool pads_same = false;  // padding='same': from the weight's size at call time
 };
 
@@ -23,6 +25,7 @@ struct StepSource {
 struct RunShape {
   bool is_first_spatial = false, flattens_input = false, flattens_output = false, flattens_by_view = false;
   int64_t rows_features = 0;
+  bool has_norm = false;  // which takes batches alone
 };
 
 struct Signature {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
 
 namespace fastseq {
 namespace {
@@ -23,7 +24,8 @@ PyObject* type_forward(PyTypeObject* type) { return _PyType_Lookup(type, forward
 }  // namespace
 
 ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attributes, const std::vector<std::string>& parameters,
-                         std::optional<py::tuple> children, std::optional<py::tuple> names, bool is_owner)
+                         const std::vector<std::string>& buffers, std::optional<py::tuple> children, std::optional<py::tuple> names,
+                         bool is_owner)
     : module_(module.ptr()),
       is_owner_(is_owner),
       type_(Py_TYPE(module_)),
@@ -38,9 +40,12 @@ ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attr
     PyObject* key = PyUnicode_InternFromString(name.c_str());
     attributes_.emplace_back(py::reinterpret_steal<py::object>(key), value_of(key));
   }
-  for (const std::string& name : parameters)
-    parameters_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str())));
-  found_parameters_.resize(parameters_.size());
+  const auto intern = [](const std::string& name) {
+    return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str()));
+  };
+  std::transform(parameters.begin(), parameters.end(), std::back_inserter(parameters_), intern);
+  std::transform(buffers.begin(), buffers.end(), std::back_inserter(buffers_), intern);
+  found_parameters_.resize(parameters_.size() + buffers_.size());
   if (!is_owner_) Py_INCREF(module_);
 }
 
@@ -62,12 +67,14 @@ int ModuleWatch::traverse(visitproc visit, void* arg) const {
 bool ModuleWatch::has_changed(PyObject* values) const {
   static PyObject* const modules_name = interned("_modules");
   static PyObject* const parameters_name = interned("_parameters");
+  static PyObject* const buffers_name = interned("_buffers");
   static PyObject* const compiled_name = interned("_compiled_call_impl");
   for (const auto& [name, expected] : attributes_)
     if (find(values, name.ptr()) != expected.ptr()) return true;
-  // A parameter of the same name in __dict__ would hide the registered one.
-  for (const py::object& name : parameters_)
-    if (find(values, name.ptr())) return true;
+  // A value of the same name in __dict__ would hide the registered one.
+  for (const auto* names : {&parameters_, &buffers_})
+    for (const py::object& name : *names)
+      if (find(values, name.ptr())) return true;
   if (find(values, forward_name()) != own_forward_.ptr()) return true;
   const auto dict_named = [&](PyObject* name) {
     PyObject* const found = find(values, name);
@@ -75,6 +82,7 @@ bool ModuleWatch::has_changed(PyObject* values) const {
   };
   modules_ = dict_named(modules_name);
   parameters_dict_ = dict_named(parameters_name);
+  buffers_dict_ = dict_named(buffers_name);
   std::transform(hook_names().begin(), hook_names().end(), hooks_.begin(), dict_named);
   PyObject* const compiled = find(values, compiled_name);
   is_compiled_ = compiled && compiled != Py_None;
@@ -119,17 +127,29 @@ WatchResult ModuleWatch::check(bool check_hooks) const {
 
 PyObject* const* ModuleWatch::current_parameters() const {
   static PyObject* const parameters_name = interned("_parameters");
+  static PyObject* const buffers_name = interned("_buffers");
   PyObject* const values = dict_of(module_);
-  PyObject* dict = values && dict_stamp_.is_of(values) ? parameters_dict_ : values ? find(values, parameters_name) : nullptr;
-  if (dict && !PyDict_Check(dict)) dict = nullptr;
-  if (dict && parameters_stamp_.is_of(dict)) return found_parameters_.data();
-  std::transform(parameters_.begin(), parameters_.end(), found_parameters_.begin(),
-                 [&](const py::object& name) { return dict ? find(dict, name.ptr()) : nullptr; });
-  if (dict) {
-    parameters_stamp_.remember(dict);
-  } else {
-    parameters_stamp_.forget();
-  }
+  const bool is_known = values && dict_stamp_.is_of(values);
+  const auto dict_of_name = [&](PyObject* known, PyObject* name) {
+    PyObject* const dict = is_known ? known : values ? find(values, name) : nullptr;
+    return dict && PyDict_Check(dict) ? dict : nullptr;
+  };
+  PyObject* const parameters = dict_of_name(parameters_dict_, parameters_name);
+  PyObject* const buffers = buffers_.empty() ? nullptr : dict_of_name(buffers_dict_, buffers_name);
+  if (parameters && parameters_stamp_.is_of(parameters) && (buffers_.empty() || (buffers && buffers_stamp_.is_of(buffers))))
+    return found_parameters_.data();
+  auto to = found_parameters_.begin();
+  const auto look_up = [&](PyObject* dict, const std::vector<py::object>& names, Stamp& stamp) {
+    to = std::transform(names.begin(), names.end(), to,
+                        [&](const py::object& name) { return dict ? find(dict, name.ptr()) : nullptr; });
+    if (dict) {
+      stamp.remember(dict);
+    } else {
+      stamp.forget();
+    }
+  };
+  look_up(parameters, parameters_, parameters_stamp_);
+  look_up(buffers, buffers_, buffers_stamp_);
   return found_parameters_.data();
 }
 

@@ -22,19 +22,20 @@ enum class WatchResult { kSame, kHooked, kChanged };
 
 class ModuleWatch {
  public:
-  // attributes: names in module.__dict__ whose values (or absence) were matched; parameters: names in module._parameters that
-  // forward reads. children: the values of module._modules in order, for a container; names: its keys, where they count. is_owner:
-  // the module owns the program that this watch belongs to, and is not kept alive by it.
+  // attributes: names in module.__dict__ whose values (or absence) were matched; parameters, buffers: names in module._parameters
+  // and module._buffers that forward reads. children: the values of module._modules in order, for a container; names: its keys,
+  // where they count. is_owner: the module owns the program that this watch belongs to, and is not kept alive by it.
   ModuleWatch(py::object module, const std::vector<std::string>& attributes, const std::vector<std::string>& parameters,
-              std::optional<py::tuple> children, std::optional<py::tuple> names, bool is_owner);
+              const std::vector<std::string>& buffers, std::optional<py::tuple> children, std::optional<py::tuple> names,
+              bool is_owner);
   ~ModuleWatch();
   ModuleWatch(const ModuleWatch&) = delete;
   ModuleWatch& operator=(const ModuleWatch&) = delete;
 
   WatchResult check(bool check_hooks = true) const;
 
-  // The parameter objects in the order of `parameters`, borrowed; null for one that the module no longer has (None is given as
-  // such).
+  // The objects in the order of `parameters` and then of `buffers`, borrowed; null for one that the module no longer has (None is
+  // given as such).
   PyObject* const* current_parameters() const;
   // For the garbage collector: the references held here.
   int traverse(visitproc visit, void* arg) const;
@@ -49,14 +50,14 @@ class ModuleWatch {
   py::object forward_;      // of the type, in case somebody patches the class
   py::object own_forward_;  // of the instance, normally none
   std::vector<std::pair<py::object, py::object>> attributes_;
-  std::vector<py::object> parameters_;
+  std::vector<py::object> parameters_, buffers_;  // names
   std::optional<py::tuple> children_, names_;
 
   // What the last look found, for the next one to start from: valid while the stamps are those of the class, of the module's
   // __dict__, and of the dictionaries in it. Borrowed: the stamped __dict__ refers to them.
-  mutable Stamp type_stamp_, dict_stamp_, children_stamp_, parameters_stamp_;
+  mutable Stamp type_stamp_, dict_stamp_, children_stamp_, parameters_stamp_, buffers_stamp_;
   mutable std::array<PyObject*, 4> hooks_ = {};  // null: not a dictionary
-  mutable PyObject *modules_ = nullptr, *parameters_dict_ = nullptr;
+  mutable PyObject *modules_ = nullptr, *parameters_dict_ = nullptr, *buffers_dict_ = nullptr;
   mutable bool is_compiled_ = false;
   mutable std::vector<PyObject*> found_parameters_;
 };

@@ -156,8 +156,8 @@ class PlanBuilder {
     if (asks_for_tile != asks_for_plane) return asks_for_plane;
     const int64_t plane = round_up(shape.w, 2 * set_.lanes) / set_.lanes * shape.c_out * taps;
     const int64_t tile = shape.w * (round_up(shape.c_out, set_.lanes) / set_.lanes) * taps;
-    // Rows to pixels is about half a cycle an element.
-    return plane + shape.w * shape.c_out / 2 < tile;
+    // Rows to pixels is about a third of a cycle an element.
+    return plane + shape.w * shape.c_out / 3 < tile;
   }
 
   // An arena map for `size`, with room for the zero border that the step which reads it wants.
@@ -403,7 +403,9 @@ class PlanBuilder {
         read_in_place(step, spec, i);
         step.spatial = spatial, step.pixel_pitch = pitch;
       } else {
-        const Choice choice = choose("linear", i, set_.max_rows, set_.preferred_vectors, spec.out);
+        // Weights from memory: a higher tile reads them once for more rows, and a narrower panel streams as fast.
+        const bool is_far = step.weight_bytes() > kFarthestWeightBytes && set_.preferred_vectors > 2;
+        const Choice choice = choose("linear", i, set_.max_rows, is_far ? 2 : set_.preferred_vectors, spec.out);
         step.kernel = choice.kernel;
         PackedPtr& packed = cache_[{i, choice.vectors, spatial}];
         if (!packed) packed = pack_linear(spec, choice.panels, spatial, set_);

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 Layers = Sequence[Any]  # of exactly the pattern's types, in its order
+Kinds = tuple[type[nn.Module], ...]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Pattern:
     """
 
     name: str
-    types: tuple[type[nn.Module], ...]
+    types: Kinds
     check: Callable[[Layers], str | None]
     build: Callable[[Layers], dict[str, Any]]
     example: Callable[[], tuple[list[nn.Module], tuple[int, ...]]]
@@ -33,13 +35,21 @@ ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward"),
     nn.ReLU: ("inplace",),
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d), ("training", "track_running_stats", "eps", "_check_input_dim")),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Dropout: ("p", "training"),
 }
 PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("weight", "bias"),
     nn.Linear: ("weight", "bias"),
+    nn.BatchNorm1d: ("weight", "bias"),
+    nn.BatchNorm2d: ("weight", "bias"),
 }
+BUFFERS: dict[type[nn.Module], tuple[str, ...]] = dict.fromkeys(
+    (nn.BatchNorm1d, nn.BatchNorm2d), ("running_mean", "running_var")
+)
+# Inner methods that a forward calls on the instance: where one is replaced, the forward is another.
+INNER_METHODS = ("_conv_forward", "_check_input_dim")
 
 
 LARGEST = 2**31 - 1  # eager converts sizes to C ints and raises beyond this
@@ -54,12 +64,15 @@ def pair(value: Any) -> tuple[int, int] | None:
 
 
 def has_parameters(layer: nn.Module) -> str | None:
-    """Why the layer's weight and bias cannot be read from `_parameters`, or None."""
+    """Why what the layer's forward reads is not in `_parameters` and `_buffers`, or None."""
     for name in PARAMETERS.get(type(layer), ()):
         if name not in layer._parameters or name in layer.__dict__:
             return (
                 f"{name} is not a plain registered parameter (pruned, normalised or replaced); fused kernels read those"
             )
+    for name in BUFFERS.get(type(layer), ()):
+        if name not in layer._buffers or name in layer.__dict__:
+            return f"{name} is not a plain registered buffer; fused kernels read those"
     return None
 
 
@@ -95,6 +108,20 @@ def check_maxpool2d(layer: nn.MaxPool2d) -> str | None:
     return None
 
 
+def check_batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d) -> str | None:
+    name = type(layer).__name__
+    if layer.training is not False:
+        return f"{name} is in training mode"
+    if reason := has_parameters(layer):
+        return reason
+    # Without running statistics eager takes those of the batch.
+    if layer._buffers["running_mean"] is None or layer._buffers["running_var"] is None:
+        return f"{name} has no running statistics; fused kernels take nothing from the batch"
+    if type(layer.eps) not in (int, float):
+        return f"{name} has eps {layer.eps!r}; fused kernels take a number"
+    return None
+
+
 def build_conv2d(layer: nn.Conv2d) -> dict[str, Any]:
     same = layer.padding == "same"
     padding = (0, 0) if layer.padding in ("same", "valid") else pair(layer.padding)
@@ -111,25 +138,48 @@ def build_maxpool2d(layer: nn.MaxPool2d) -> dict[str, Any]:
     }
 
 
-def step(
-    op: str,
-    name: str,
-    *,
-    relu: Any = None,
-    relu_after_pool: bool = False,
-    conv: Any = None,
-    pool: Any = None,
-    layer: Any = None,
-) -> dict[str, Any]:
-    """A step in the words of the native engine. `relu`: the ReLU, or None; `layer`: what holds weight and bias."""
+CHECKS: dict[type[nn.Module], Callable[[Any], str | None]] = {
+    nn.Conv2d: check_conv2d,
+    nn.Linear: has_parameters,
+    nn.BatchNorm1d: check_batchnorm,
+    nn.BatchNorm2d: check_batchnorm,
+    nn.MaxPool2d: check_maxpool2d,
+}
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def check(layers: Layers) -> str | None:
+    """The first objection to any of the layers, or None."""
+    return next(filter(None, (CHECKS[type(layer)](layer) for layer in layers if type(layer) in CHECKS)), None)
+
+
+def build(op: str, name: str, layers: Layers) -> dict[str, Any]:
+    """The step for the native engine. "layer": what holds weight and bias, or None; "norm": the BatchNorm behind."""
+    kinds = [type(layer) for layer in layers]
+    by_kind = dict(zip(kinds, layers, strict=True))
+    relu, pool = by_kind.get(nn.ReLU), by_kind.get(nn.MaxPool2d)
+    norm = next((layer for layer in layers if type(layer) in NORMS), None)
     return {
         "op": op,
         "name": name,
         "relu": relu is not None,
         # Out of place it gives its result new strides where two memory formats coincide; in place it cannot.
         "relu_in_place": relu is not None and bool(relu.inplace),
-        "relu_after_pool": relu_after_pool,
-        "conv": conv,
-        "pool": pool,
-        "layer": layer,
+        "relu_after_pool": relu is not None and pool is not None and kinds.index(nn.MaxPool2d) < kinds.index(nn.ReLU),
+        "conv": build_conv2d(layers[0]) if kinds[0] is nn.Conv2d else None,
+        "pool": None if pool is None else build_maxpool2d(pool),
+        "layer": layers[0] if kinds[0] in PARAMETERS else None,
+        "norm": norm,
+        "eps": 0.0 if norm is None else float(norm.eps),
     }
+
+
+def fused(
+    op: str,
+    types: Kinds,
+    example: Callable[[Kinds], tuple[list[nn.Module], tuple[int, ...]]],
+    maps_images: bool = False,
+) -> Pattern:
+    """The pattern of layers of these types, named after them, as one step `op` of the native engine."""
+    name = "_".join(kind.__name__.lower() for kind in types)
+    return Pattern(name, types, check, partial(build, op, name), partial(example, types), maps_images)

@@ -1,24 +1,21 @@
-"""Conv2d by itself."""
+"""Conv2d, alone or with BatchNorm2d, ReLU and MaxPool2d behind it: one step, all that follows in its epilogue."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from fastseq.patterns.base import Layers, Pattern, build_conv2d, check_conv2d, step
+from fastseq.patterns.base import Kinds, Pattern, fused
 
 
-def check(layers: Layers) -> str | None:
-    return check_conv2d(layers[0])
+def example(kinds: Kinds) -> tuple[list[nn.Module], tuple[int, ...]]:
+    make = {nn.Conv2d: lambda: nn.Conv2d(3, 5, 3), nn.BatchNorm2d: lambda: nn.BatchNorm2d(5)}
+    make |= {nn.ReLU: nn.ReLU, nn.MaxPool2d: lambda: nn.MaxPool2d(2)}
+    return [make[kind]().eval() for kind in kinds], (2, 3, 9, 8)
 
 
-def build(layers: Layers) -> dict[str, Any]:
-    return step("conv2d", "conv2d", conv=build_conv2d(layers[0]), layer=layers[0])
-
-
-def example() -> tuple[list[nn.Module], tuple[int, ...]]:
-    return [nn.Conv2d(3, 5, 3)], (2, 3, 9, 8)
-
-
-PATTERN = Pattern("conv2d", (nn.Conv2d,), check, build, example, maps_images=True)
+# ReLU and maximum commute, so either may come first.
+PATTERNS: tuple[Pattern, ...] = tuple(
+    fused("conv2d", (nn.Conv2d, *norm, *rest), example, maps_images=True)
+    for rest in ((nn.ReLU, nn.MaxPool2d), (nn.MaxPool2d, nn.ReLU), (nn.MaxPool2d,), (nn.ReLU,), ())
+    for norm in ((nn.BatchNorm2d,), ())
+)

@@ -1,24 +1,17 @@
-"""Linear by itself."""
+"""Linear, alone or with BatchNorm1d and ReLU behind it: one step."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from fastseq.patterns.base import Layers, Pattern, has_parameters, step
+from fastseq.patterns.base import Kinds, Pattern, fused
 
 
-def check(layers: Layers) -> str | None:
-    return has_parameters(layers[0])
+def example(kinds: Kinds) -> tuple[list[nn.Module], tuple[int, ...]]:
+    make = {nn.Linear: lambda: nn.Linear(7, 5), nn.BatchNorm1d: lambda: nn.BatchNorm1d(5), nn.ReLU: nn.ReLU}
+    return [make[kind]().eval() for kind in kinds], (3, 7)
 
 
-def build(layers: Layers) -> dict[str, Any]:
-    return step("linear", "linear", layer=layers[0])
-
-
-def example() -> tuple[list[nn.Module], tuple[int, ...]]:
-    return [nn.Linear(7, 5)], (3, 7)
-
-
-PATTERN = Pattern("linear", (nn.Linear,), check, build, example)
+PATTERNS: tuple[Pattern, ...] = tuple(
+    fused("linear", (nn.Linear, *norm, *rest), example) for rest in ((nn.ReLU,), ()) for norm in ((nn.BatchNorm1d,), ())
+)

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from fastseq.patterns.base import Layers, Pattern, build_maxpool2d, check_maxpool2d, step
+from fastseq.patterns.base import Kinds, Pattern, fused
 
 
-def check(layers: Layers) -> str | None:
-    return check_maxpool2d(layers[0])
-
-
-def build(layers: Layers) -> dict[str, Any]:
-    return step("maxpool2d", "maxpool2d", pool=build_maxpool2d(layers[0]))
-
-
-def example() -> tuple[list[nn.Module], tuple[int, ...]]:
+def example(kinds: Kinds) -> tuple[list[nn.Module], tuple[int, ...]]:
     return [nn.MaxPool2d(3, 2, 1)], (2, 3, 9, 8)
 
 
-PATTERN = Pattern("maxpool2d", (nn.MaxPool2d,), check, build, example, maps_images=True)
+PATTERNS: tuple[Pattern, ...] = (fused("maxpool2d", (nn.MaxPool2d,), example, maps_images=True),)

@@ -596,7 +596,7 @@ def test_47_batch_norm_looks_at_its_own_flag_and_moves_its_statistics(norm: str,
             x = images() * 3 + 1
             result, counters = call(fast, x)
             torch.testing.assert_close(result, twin(x))
-            assert counters["fused_calls"] == 2
+            assert counters["fused_calls"] == (1 if fast[1].track_running_stats and not own else 2)
     torch.testing.assert_close(fast.state_dict(), twin.state_dict())
     if fast[1].track_running_stats:
         assert fast[1].num_batches_tracked == (3 if own else 0)
