@@ -25,6 +25,7 @@ from fastseq import _env, _native
 from fastseq.controls import BINDINGS
 from fastseq.matcher import KNOWN_LAYERS, EagerSegment, match
 from fastseq.optimize import enable_verbose_logging
+from fastseq.patterns.activation import ACTIVATIONS
 from fastseq.patterns.base import ATTRIBUTES, PARAMETERS
 from fastseq.patterns.functional import read_call
 from fastseq.plan import CompiledMatch
@@ -89,7 +90,9 @@ def read_function(node: fx.Node) -> Call | None:
     parameters = {name: arguments[name] for name in PARAMETERS.get(type(layer), ()) if arguments[name] is not None}
     if not all(map(is_parameter, parameters.values())):
         return None
-    return Call(node, layer, parameters, has_effects=isinstance(layer, nn.ReLU) and layer.inplace)
+    return Call(
+        node, layer, parameters, has_effects=isinstance(layer, ACTIVATIONS) and bool(getattr(layer, "inplace", False))
+    )
 
 
 def is_parameter(value: Any) -> bool:

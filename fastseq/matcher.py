@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastseq.patterns import PATTERNS
-from fastseq.patterns.base import INNER_METHODS, NORMS, Pattern, check_batchnorm
+from fastseq.patterns import PATTERNS, activation
+from fastseq.patterns.base import CHECKS, INNER_METHODS, NORMS, Pattern
 
 KNOWN_LAYERS = {kind for pattern in PATTERNS for kind in pattern.types} | {nn.Flatten, nn.Dropout, nn.Identity}
 # What the patterns describe: the classes' forwards as torch wrote them.
@@ -29,8 +29,8 @@ LOOKED_UP: list[tuple[Any, str, Any]] = [
         *((kind, "__call__") for kind in (nn.Sequential, *FORWARDS)),
         (nn.Conv2d, "_conv_forward"),
         *((kind, "_check_input_dim") for kind in (nn.BatchNorm1d, nn.BatchNorm2d)),
-        *((F, name) for name in ("conv2d", "linear", "relu", "max_pool2d", "dropout", "batch_norm")),
-        *((torch, name) for name in ("relu", "relu_", "max_pool2d")),
+        *((F, name) for name in ("conv2d", "linear", "max_pool2d", "dropout", "batch_norm", *activation.FUNCTIONAL)),
+        *((torch, name) for name in ("max_pool2d", *activation.TORCH)),
     ]
 ]
 
@@ -194,13 +194,13 @@ def reason_for_unknown(layer: Any) -> str:
         return f"no fused kernel for {layer.name}()"
     if has_own_forward(layer):
         return f"this {name} has a forward of its own"
-    for kind in KNOWN_LAYERS:
-        if isinstance(layer, kind) and type(layer) is not kind:
+    for kind in KNOWN_LAYERS if type(layer) not in KNOWN_LAYERS else ():
+        if isinstance(layer, kind):
             return f"{name} is a subclass of {kind.__name__}; fused kernels take exactly {kind.__name__}"
-    if type(layer) is nn.ReLU:
-        return "ReLU does not follow a Conv2d or Linear that is fused"
+    if isinstance(layer, activation.ACTIVATIONS):
+        return CHECKS[type(layer)](layer) or f"{name} does not follow a Conv2d, Linear or MaxPool2d that is fused"
     if isinstance(layer, NORMS):
-        return check_batchnorm(layer) or f"{name} does not follow a Conv2d or Linear that is fused"
+        return CHECKS[type(layer)](layer) or f"{name} does not follow a Conv2d or Linear that is fused"
     if type(layer) is nn.Flatten:
         if not is_flatten(layer):
             return f"Flatten has start_dim={layer.start_dim}, end_dim={layer.end_dim}; fused runs take 1 and -1"

@@ -24,7 +24,7 @@ def watch(layer: nn.Module, is_fused: bool = True) -> Any:
 
 
 def native_steps(segment: NativeSegment) -> tuple[list[dict[str, Any]], list[nn.Module]]:
-    """The steps as the engine takes them, and the modules that their "layer" and "norm" count."""
+    """The steps as the engine takes them, and the modules that "layer", "norm" and "slopes" count."""
     layers: list[Any] = []
     index: dict[int, int] = {}
     for leaf in segment.leaves:
@@ -33,7 +33,7 @@ def native_steps(segment: NativeSegment) -> tuple[list[dict[str, Any]], list[nn.
             layers.append(leaf.layer)
     steps = []
     for step in segment.steps:
-        holders = {key: step.native[key] for key in ("layer", "norm")}
+        holders = {key: step.native[key] for key in ("layer", "norm", "slopes")}
         steps.append({**step.native, **{k: None if h is None else index[id(h)] for k, h in holders.items()}})
     return steps, layers
 

@@ -227,7 +227,7 @@ def log() -> Iterator[logging.Logger]:
 
 def test_verbose(clean: pytest.MonkeyPatch, log: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
     clean.setenv("FASTSEQ_VERBOSE", "1")
-    fast, x = fastseq.optimize(torch.nn.ModuleDict({"body": conv_net(), "rest": torch.nn.Tanh()})), images()
+    fast, x = fastseq.optimize(torch.nn.ModuleDict({"body": conv_net(), "rest": torch.nn.Tanhshrink()})), images()
     fastseq.optimize(fast)
     optimised = capsys.readouterr()
     assert "body" in optimised.err and "rest" not in optimised.err and optimised.out == ""
@@ -360,7 +360,7 @@ def test_check_leaves_the_collector_right(clean: pytest.MonkeyPatch) -> None:
     """Several programs share watches and runs, of which the collector is told once."""
     clean.setenv("FASTSEQ_CHECK", "1")
     fast, x = (
-        fastseq.optimize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh(), nn.Linear(4, 2)).eval()),
+        fastseq.optimize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanhshrink(), nn.Linear(4, 2)).eval()),
         torch.ones(2, 4),
     )
     with torch.no_grad():

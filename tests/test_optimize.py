@@ -152,7 +152,7 @@ def test_root_nested_and_none() -> None:
     "model",
     [
         nn.Sequential(),
-        nn.Sequential(nn.Sigmoid(), nn.Flatten()),
+        nn.Sequential(nn.Softsign(), nn.Flatten()),
         nn.Sequential(nn.ReLU()),
         nn.Sequential(nn.Identity()),
     ],

@@ -268,10 +268,10 @@ REFUSED: dict[str, Refused] = {
     ),
     "own forward": Refused(lambda: [with_own_forward(nn.Linear(6, 4))], ROWS, "has a forward of its own"),
     "own forward of a free layer": Refused(
-        lambda: [with_own_forward(nn.Identity()), nn.Tanh()], ROWS, "has a forward of its own"
+        lambda: [with_own_forward(nn.Identity()), nn.Tanhshrink()], ROWS, "has a forward of its own"
     ),
     "own forward of Flatten": Refused(
-        lambda: [with_own_forward(nn.Flatten()), nn.Tanh()], ROWS, "has a forward of its own"
+        lambda: [with_own_forward(nn.Flatten()), nn.Tanhshrink()], ROWS, "has a forward of its own"
     ),
     "subclass": Refused(
         lambda: [NegatedConv2d(4, 4, 3)],
@@ -283,20 +283,46 @@ REFUSED: dict[str, Refused] = {
         ROWS,
         "ScaledReLU is a subclass of ReLU; fused kernels take exactly ReLU",
     ),
-    "relu alone": Refused(lambda: [nn.ReLU()], IMAGE, "ReLU does not follow a Conv2d or Linear that is fused"),
+    "relu alone": Refused(
+        lambda: [nn.ReLU()], IMAGE, "ReLU does not follow a Conv2d, Linear or MaxPool2d that is fused"
+    ),
+    "leakyrelu slope": Refused(
+        lambda: [nn.Linear(6, 4), nn.LeakyReLU(torch.tensor(0.5))],
+        ROWS,
+        "LeakyReLU has negative_slope tensor(0.5000); fused kernels take a number",
+        "linear_leakyrelu",
+    ),
+    "hardtanh limits": Refused(
+        lambda: [nn.Linear(6, 4), with_attribute(nn.Hardtanh(), "max_val", -3.0)],
+        ROWS,
+        "Hardtanh has min_val -1.0 and max_val -3.0, which eager rejects",
+        "linear_hardtanh",
+    ),
+    "gelu approximate": Refused(
+        lambda: [nn.Linear(6, 4), nn.GELU("erf")],
+        ROWS,
+        "GELU has approximate 'erf'; fused kernels take 'none' and 'tanh'",
+        "linear_gelu",
+    ),
+    "prelu weight": Refused(
+        lambda: [nn.Linear(6, 4), without_parameter(nn.PReLU(), "weight")],
+        ROWS,
+        "weight is not a plain registered parameter (pruned, normalised or replaced); fused kernels read those",
+        "linear_prelu",
+    ),
     "flatten elsewhere": Refused(
         lambda: [nn.Flatten(2)], IMAGE, "Flatten has start_dim=2, end_dim=-1; fused runs take 1 and -1"
     ),
     "flatten alone": Refused(
-        lambda: [nn.Flatten(), nn.Tanh()],
+        lambda: [nn.Flatten(), nn.Tanhshrink()],
         IMAGE,
         "Flatten stands neither behind a fused convolution or pool nor before a fused Linear",
     ),
     "dropout in training": Refused(lambda: [nn.Dropout(0.0).train()], ROWS, "Dropout is in training mode"),
     "identity alone": Refused(
-        lambda: [nn.Identity(), nn.Tanh()], ROWS, "Identity does nothing and stands beside no fused layer"
+        lambda: [nn.Identity(), nn.Tanhshrink()], ROWS, "Identity does nothing and stands beside no fused layer"
     ),
-    "unknown layer": Refused(lambda: [nn.Tanh()], ROWS, "no fused kernel for Tanh"),
+    "unknown layer": Refused(lambda: [nn.Tanhshrink()], ROWS, "no fused kernel for Tanhshrink"),
 }
 each_refusal = pytest.mark.parametrize("refused", REFUSED.values(), ids=list(REFUSED))
 
@@ -328,7 +354,7 @@ def test_refusal_says_why_and_runs_eager(refused: Refused) -> None:
     was_fused = len(model) > 1 and fastseq.stats(alone)["fused_calls"] > 0  # a layer before the one that is refused
     assert is_same(actual, expected, tolerance=1e-5 if was_fused else 0.0)
     # Also beside a run that is fused: the refusal must hold inside a FusedSequential.
-    first = nn.Sequential(nn.Conv2d(4, 4, 1) if len(refused.shape) == 4 else nn.Linear(6, 6), nn.Sigmoid())
+    first = nn.Sequential(nn.Conv2d(4, 4, 1) if len(refused.shape) == 4 else nn.Linear(6, 6), nn.Softsign())
     fused = fastseq.optimize(nn.Sequential(first, model))
     between = outcome(fused[0], x)
     assert isinstance(between, torch.Tensor)

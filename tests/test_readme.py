@@ -10,6 +10,7 @@ from conftest import ROOT, run_python
 
 import fastseq
 from fastseq.patterns import PATTERNS
+from fastseq.patterns.activation import ACTIVATIONS
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
@@ -46,21 +47,24 @@ def test_readme_shows_the_quickstart_and_what_it_prints() -> None:
         assert result.stdout in README, result.stdout
 
 
-def layers_of_row(row: str) -> set[str]:
-    """All that `A [→ B] → C` stands for."""
-    pieces = re.findall(r"(\[?)(?:→ )?(\w+)\]?", row)
+def layers_of_row(row: str, activations: list[str]) -> set[str]:
+    """All that `A [→ B] → activation` stands for."""
     runs = [""]
-    for is_optional, name in pieces:
-        longer = [f"{run} → {name}".removeprefix(" → ") for run in runs]
+    for is_optional, name in re.findall(r"(\[?)(?:→ )?(\w+)\]?", row):
+        names = activations if name == "activation" else [name]
+        longer = [f"{run} → {name}".removeprefix(" → ") for run in runs for name in names]
         runs = runs + longer if is_optional else longer
     return set(runs)
 
 
 def test_readme_lists_the_patterns() -> None:
-    rows = re.findall(r"^\| (\w+2d|\w+1d|Linear|\w+2d .*?|Linear .*?) \|", README, re.MULTILINE)
-    listed = [layers_of_row(row) for row in rows]
-    assert set().union(*listed) == {" → ".join(kind.__name__ for kind in pattern.types) for pattern in PATTERNS}
-    assert sum(map(len, listed)) == len(PATTERNS)
+    (listed,) = re.findall(r"^An activation is one of (.*)\.$", README, re.MULTILINE)
+    activations = re.split(", | and ", listed)
+    assert activations == [kind.__name__ for kind in ACTIVATIONS]
+    (table,) = re.findall(r"^\| layers of one fused step.*\n\|---.*\n((?:\|.*\n)+)", README, re.MULTILINE)
+    rows = [layers_of_row(line.split("|")[1], activations) for line in table.splitlines()]
+    assert set().union(*rows) == {" → ".join(kind.__name__ for kind in pattern.types) for pattern in PATTERNS}
+    assert sum(map(len, rows)) == len(PATTERNS)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=relative)

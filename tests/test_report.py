@@ -117,7 +117,12 @@ def test_notes() -> None:
         pass
 
     model = nn.ModuleDict(
-        {"plain": conv_net(), "nothing": nn.Sequential(nn.Tanh()), "own": Own(nn.Linear(2, 2)), "nested": nested_net()}
+        {
+            "plain": conv_net(),
+            "nothing": nn.Sequential(nn.Tanhshrink()),
+            "own": Own(nn.Linear(2, 2)),
+            "nested": nested_net(),
+        }
     )
     notes = {
         entry["path"]: entry["note"] for entry in fastseq.explain(fastseq.optimize(model)).to_dict()["sequentials"]

@@ -117,9 +117,9 @@ def assign(model: nn.Sequential, index: int, layer: nn.Module) -> None:
 
 EDITS: dict[str, tuple[Callable[[nn.Sequential], Any], int]] = {
     "append": (lambda m: m.append(nn.Linear(6, 3)), 1),
-    "append eager": (lambda m: m.append(nn.Sigmoid()), 1),
-    "insert": (lambda m: m.insert(2, nn.Sigmoid()), 2),
-    "insert first": (lambda m: m.insert(0, nn.Tanh()), 1),
+    "append eager": (lambda m: m.append(nn.Softsign()), 1),
+    "insert": (lambda m: m.insert(2, nn.Softsign()), 2),
+    "insert first": (lambda m: m.insert(0, nn.Tanhshrink()), 1),
     "extend": (lambda m: m.extend(block()), 1),
     "pop": (lambda m: m.pop(1), 1),
     "delete": (lambda m: delete(m, 1), 1),
@@ -127,7 +127,7 @@ EDITS: dict[str, tuple[Callable[[nn.Sequential], Any], int]] = {
     "replace": (lambda m: assign(m, 0, nn.Linear(6, 6)), 1),
     "replace by a wider one": (lambda m: (assign(m, 0, nn.Linear(6, 9)), assign(m, 2, nn.Linear(9, 6))), 1),
     "replace by Identity": (lambda m: assign(m, 1, nn.Identity()), 1),
-    "replace by eager": (lambda m: assign(m, 1, nn.GELU()), 2),
+    "replace by eager": (lambda m: assign(m, 1, nn.Softsign()), 2),
     "setattr": (lambda m: setattr(m, "2", nn.Linear(6, 2)), 1),
     "add_module": (lambda m: m.add_module("extra", nn.Linear(6, 2)), 1),
     "+=": (lambda m: m.__iadd__(block()), 1),
@@ -290,7 +290,7 @@ IN_PLACE: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
     "behind linear": (lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True)), (2, 6)),
     "behind pool": (lambda: nn.Sequential(nn.MaxPool2d(2), nn.ReLU(inplace=True)), (2, 2, 4, 4)),
     "behind pool of one": (lambda: nn.Sequential(nn.MaxPool2d(1), nn.ReLU(inplace=True)), (2, 2, 4, 4)),
-    "relu last": (lambda: nn.Sequential(nn.Linear(6, 6), nn.Sigmoid(), nn.ReLU(inplace=True)), (2, 6)),
+    "relu last": (lambda: nn.Sequential(nn.Linear(6, 6), nn.Softsign(), nn.ReLU(inplace=True)), (2, 6)),
     "in-place dropout": (lambda: nn.Sequential(nn.Dropout(inplace=True), nn.Linear(6, 6)), (2, 6)),
 }
 

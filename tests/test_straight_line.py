@@ -248,9 +248,9 @@ def warm(kind: type[nn.Module]) -> nn.Module:
 
 def test_replaced_children() -> None:
     fast = warm(Seed3)
-    fast.head = nn.Sequential(nn.Linear(54, 7), nn.Tanh())
+    fast.head = nn.Sequential(nn.Linear(54, 7), nn.Tanhshrink())
     assert_follows(fast, 1)
-    fast.layer2[1] = nn.Sigmoid()
+    fast.layer2[1] = nn.Softsign()
     assert_follows(fast, 2)
     fast.layer1 = nn.Conv2d(3, 8, 8)
     fast.layer2 = nn.Identity()

@@ -99,6 +99,7 @@ struct CpuRun::Layers {
       : weights(parameters.weights()), biases(parameters.biases()) {
     sized = size_steps(run.steps_, weights, biases, signature, run.shape_);
     for (size_t i = 0; i < run.steps_.size(); ++i) {
+      if (run.steps_[i].slopes >= 0) add_slopes(i, parameters);
       if (!weights[i].defined()) continue;
       weights[i] = weights[i].contiguous();
       if (run.steps_[i].norm >= 0) fold(i, parameters, run.steps_[i].norm_eps);
@@ -127,6 +128,14 @@ struct CpuRun::Layers {
     fold_batch_norm(norm, channels, weight.numel() / channels, static_cast<const float*>(weight.const_data_ptr()),
                     bias.defined() ? static_cast<const float*>(bias.const_data_ptr()) : nullptr,
                     static_cast<float*>(weights[i].mutable_data_ptr()), static_cast<float*>(biases[i].mutable_data_ptr()));
+  }
+
+  void add_slopes(size_t i, const Parameters& parameters) {
+    const at::Tensor values = parameters.slopes(i);
+    if (values.dim() > 1) throw Refusal("PReLU has a weight of more than one dimension");
+    ActivationSpec& activation = sized.specs[i].activation;
+    activation.slopes = static_cast<const float*>(values.const_data_ptr());
+    activation.slope_count = values.numel();
   }
 
   std::vector<at::Tensor> weights, biases;

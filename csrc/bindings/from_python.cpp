@@ -1,5 +1,7 @@
 #include "bindings/from_python.h"
 
+#include <map>
+
 #include "bindings/cuda_run.h"
 
 namespace fastseq {
@@ -16,6 +18,31 @@ Window window_from(const py::dict& d) {
   return window;
 }
 
+Activation activation_from(const std::string& name) {
+  static const std::map<std::string, Activation> kinds = {
+      {"none", Activation::kNone},
+      {"relu", Activation::kRelu},
+      {"leaky_relu", Activation::kLeakyRelu},
+      {"prelu", Activation::kPrelu},
+      {"elu", Activation::kElu},
+      {"selu", Activation::kSelu},
+      {"celu", Activation::kCelu},
+      {"hardtanh", Activation::kHardtanh},
+      {"hardswish", Activation::kHardswish},
+      {"hardsigmoid", Activation::kHardsigmoid},
+      {"sigmoid", Activation::kSigmoid},
+      {"tanh", Activation::kTanh},
+      {"silu", Activation::kSilu},
+      {"gelu", Activation::kGelu},
+      {"gelu_tanh", Activation::kGeluTanh},
+      {"softplus", Activation::kSoftplus},
+      {"mish", Activation::kMish},
+  };
+  const auto found = kinds.find(name);
+  if (found == kinds.end()) throw py::value_error("no activation named '" + name + "'");
+  return found->second;
+}
+
 }  // namespace
 
 StepSource step_from(const py::dict& d) {
@@ -23,8 +50,9 @@ StepSource step_from(const py::dict& d) {
   const auto op = d["op"].cast<std::string>();
   step.spec.name = d["name"].cast<std::string>();
   step.spec.op = op == "conv2d" ? Op::kConv2d : op == "maxpool2d" ? Op::kMaxPool2d : Op::kLinear;
-  step.spec.has_relu = d["relu"].cast<bool>();
-  step.spec.relu_is_in_place = d["relu_in_place"].cast<bool>();
+  step.spec.activation.kind = activation_from(d["activation"].cast<std::string>());
+  step.spec.activation.a = d["a"].cast<float>(), step.spec.activation.b = d["b"].cast<float>();
+  step.spec.activation_is_in_place = d["activation_in_place"].cast<bool>();
   if (step.spec.op == Op::kConv2d) {
     const py::dict conv = d["conv"];
     step.spec.conv = window_from(conv);
@@ -33,9 +61,10 @@ StepSource step_from(const py::dict& d) {
   if (!d["pool"].is_none()) {
     step.spec.pool = window_from(d["pool"]);
     step.spec.has_pool = step.spec.op == Op::kConv2d;
-    step.spec.pools_before_relu = d["relu_after_pool"].cast<bool>();
+    step.spec.pools_before_activation = d["activation_after_pool"].cast<bool>();
   }
   if (!d["layer"].is_none()) step.layer = d["layer"].cast<int>();
+  if (!d["slopes"].is_none()) step.slopes = d["slopes"].cast<int>();
   if (!d["norm"].is_none()) step.norm = d["norm"].cast<int>(), step.norm_eps = d["eps"].cast<double>();
   return step;
 }

@@ -116,9 +116,14 @@ PYBIND11_MODULE(_C, m) {
                        const std::string& kernel, bool checks, bool winograd, KernelTimings timings, bool times_kernels) {
              std::vector<StepSource> sources;
              for (const py::dict& step : steps) sources.push_back(step_from(step));
-             const bool has_norm = std::any_of(sources.begin(), sources.end(), [](const StepSource& s) { return s.norm >= 0; });
-             const RunShape shape{
-                 sources.at(0).spec.op != Op::kLinear, flattens_input, flattens_output, flattens_by_view, rows_features, has_norm};
+             const bool needs_batch =
+                 std::any_of(sources.begin(), sources.end(), [](const StepSource& s) { return s.norm >= 0 || s.slopes >= 0; });
+             const RunShape shape{sources.at(0).spec.op != Op::kLinear,
+                                  flattens_input,
+                                  flattens_output,
+                                  flattens_by_view,
+                                  rows_features,
+                                  needs_batch};
              return std::make_shared<NativeRun>(std::move(sources), std::move(watches), shape,
                                                 RunOptions{isa, kernel, checks, winograd, std::move(timings), times_kernels});
            }),

@@ -63,20 +63,26 @@ Parameters::Parameters(const std::vector<StepSource>& steps, const std::vector<s
 
 Reason Parameters::check(const at::Tensor& input, bool records_grad, const Fingerprint& fingerprint,
                          std::vector<py::object>& replaced) {
+  // Of which of a step's layers: the one with the weights, its BatchNorm, its PReLU.
+  struct Slot {
+    size_t layer, index;
+    bool is_required;
+  };
+  static constexpr Slot slots[kSlots] = {{0, 0, true}, {0, 1, false}, {1, 0, false}, {1, 1, false},
+                                         {1, 2, true}, {1, 3, true},  {2, 0, true}};
   Reason refused = nullptr;
   for (size_t i = 0; i < steps_.size(); ++i) {
     changes_[i] = Change::kNone;
-    if (steps_[i].layer < 0) continue;
-    PyObject* const* const own = watches_[static_cast<size_t>(steps_[i].layer)]->current_parameters();
-    const bool has_norm = steps_[i].norm >= 0;
-    PyObject* const* const norm = has_norm ? watches_[static_cast<size_t>(steps_[i].norm)]->current_parameters() : nullptr;
-    for (size_t which = 0; which < (has_norm ? kSlots : kNormSlot); ++which) {
+    const auto found = [&](int watch) { return watch < 0 ? nullptr : watches_[static_cast<size_t>(watch)]->current_parameters(); };
+    PyObject* const* const of[] = {found(steps_[i].layer), found(steps_[i].norm), found(steps_[i].slopes)};
+    for (size_t which = 0; which < kSlots; ++which) {
+      const Slot& slot = slots[which];
+      if (!of[slot.layer]) continue;
       ParameterState& state = states_[kSlots * i + which];
-      PyObject* const object = which < kNormSlot ? own[which] : norm[which - kNormSlot];
-      const bool is_required = which == 0 || which >= kNormSlot + 2;  // a weight, or statistics
+      PyObject* const object = of[slot.layer][slot.index];
       if (!is_fresh(state, object, input, fingerprint)) {
         ParameterState before = std::move(state);
-        if (Reason reason = adopt(state, object, is_required, input, fingerprint)) refused = reason;
+        if (Reason reason = adopt(state, object, slot.is_required, input, fingerprint)) refused = reason;
         changes_[i] = std::max(changes_[i], has_same_layout(before, state) ? Change::kContents : Change::kLayout);
         if (before.object) replaced.push_back(std::move(before.object));
       }

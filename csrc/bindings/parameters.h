@@ -1,5 +1,5 @@
-// The weights and biases of a native run, and what its BatchNorms hold, and whether they are still what packed copies were made
-// from.
+// The weights and biases of a native run, and what its BatchNorms and PReLUs hold, and whether they are still what packed copies
+// were made from.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -50,6 +50,7 @@ class Parameters {
   const void* bias_data(size_t step) const { return states_[kSlots * step + 1].data; }
   // Of the BatchNorm behind a step: weight and bias, undefined where it has none, running mean and variance.
   at::Tensor norm(size_t step, size_t which) const { return tensor(kSlots * step + kNormSlot + which); }
+  at::Tensor slopes(size_t step) const { return tensor(kSlots * step + kSlopeSlot); }
   std::vector<at::Tensor> weights() const;
   std::vector<at::Tensor> biases() const;
 
@@ -57,7 +58,7 @@ class Parameters {
   int traverse(visitproc visit, void* arg) const;
 
  private:
-  static constexpr size_t kNormSlot = 2, kNormSlots = 4, kSlots = kNormSlot + kNormSlots;
+  static constexpr size_t kNormSlot = 2, kSlopeSlot = 6, kSlots = 7;
 
   at::Tensor tensor(size_t slot) const;
 

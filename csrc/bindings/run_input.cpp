@@ -7,8 +7,9 @@ namespace {
 
 constexpr Reason kOtherRows = "view() or reshape() to rows that are not one image each";
 
-// Whether eager's result is in channels_last order: a convolution takes the order of its input or weight, and BatchNorm and ReLU out
-// of place give the contiguous one where both orders are the same in memory.
+// Whether eager's result is in channels_last order: a convolution takes the order of its input or weight, and BatchNorm and an
+// activation out of place give the contiguous one where both orders are the same in memory. Those that are clamps for eager keep
+// the strides, and so does PReLU.
 class FormatTracker {
  public:
   explicit FormatTracker(const Signature& s) : channels_(s.channels), h_(s.h), w_(s.w), is_nhwc_(s.is_nhwc) {}
@@ -21,12 +22,12 @@ class FormatTracker {
       w_ = conv_size(w_, spec.conv.k_w, spec.conv.stride_w, spec.conv.pad_left, spec.conv.pad_right);
     }
     if (has_norm) give_new_strides();
-    if (!spec.pools_before_relu) relu(spec);
+    if (!spec.pools_before_activation) activate(spec);
     if (spec.has_pool || spec.op == Op::kMaxPool2d) {
       h_ = pool_size(h_, spec.pool.k_h, spec.pool.stride_h, spec.pool.pad_top, spec.pool.ceil_mode);
       w_ = pool_size(w_, spec.pool.k_w, spec.pool.stride_w, spec.pool.pad_left, spec.pool.ceil_mode);
     }
-    if (spec.pools_before_relu) relu(spec);
+    if (spec.pools_before_activation) activate(spec);
     // The strides of a single element are those of both orders, and eager takes that for contiguous.
     if (channels_ * h_ * w_ == 1) is_nhwc_ = false;
   }
@@ -39,8 +40,11 @@ class FormatTracker {
   }
 
  private:
-  void relu(const StepSpec& spec) {
-    if (spec.has_relu && !spec.relu_is_in_place) give_new_strides();
+  void activate(const StepSpec& spec) {
+    const Activation kind = spec.activation.kind;
+    const bool keeps_strides =
+        kind == Activation::kNone || kind == Activation::kHardtanh || kind == Activation::kPrelu || spec.activation_is_in_place;
+    if (!keeps_strides) give_new_strides();
   }
   void give_new_strides() {
     if (channels_ == 1 || h_ * w_ == 1) is_nhwc_ = false;
@@ -63,7 +67,7 @@ Reason read_input(const at::Tensor& input, const RunShape& shape, InputView& vie
   if (shape.is_first_spatial) {
     if (rank != 3 && rank != 4) return "the input of a convolution or pool has neither 3 nor 4 dimensions";
     view.is_unbatched = rank == 3;
-    if (view.is_unbatched && shape.has_norm) return "an unbatched input to BatchNorm, which eager rejects";
+    if (view.is_unbatched && shape.needs_batch) return "an unbatched input to BatchNorm or PReLU";
     view.batch = view.is_unbatched ? 1 : input.size(0);
     signature.is_spatial = true;
     signature.is_nhwc = is_channels_last(input);
@@ -76,7 +80,7 @@ Reason read_input(const at::Tensor& input, const RunShape& shape, InputView& vie
     if (shape.rows_features && shape.rows_features != signature.features) return kOtherRows;
   } else {
     if (rank < 1) return "linear needs an input of at least 1 dimension";
-    if (rank != 2 && shape.has_norm) return "an input to Linear and BatchNorm that does not have 2 dimensions";
+    if (rank != 2 && shape.needs_batch) return "an input to Linear and BatchNorm or PReLU that does not have 2 dimensions";
     if (rank > 2 && !input.is_contiguous()) return "a non-contiguous input of more than 2 dimensions to linear";
     signature.features = input.size(rank - 1);
     view.batch = input.numel() / signature.features;

@@ -17,6 +17,7 @@ struct StepSource {
   int layer = -1;  // index of the watch that holds weight and bias
   int norm = -1;   // of that of a BatchNorm behind it, if there is one
   double norm_eps = 0;
+  int slopes = -1;         // of that of a PReLU
   bool pads_same = false;  // padding='same': from the weight's size at call time
 };
 
@@ -25,7 +26,7 @@ struct StepSource {
 struct RunShape {
   bool is_first_spatial = false, flattens_input = false, flattens_output = false, flattens_by_view = false;
   int64_t rows_features = 0;
-  bool has_norm = false;  // which takes batches alone
+  bool needs_batch = false;  // dimension 1 must be that of the channels
 };
 
 struct Signature {

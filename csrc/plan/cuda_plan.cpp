@@ -67,6 +67,9 @@ class CudaPlanBuilder {
     if (first_linear == 0 && input.is_spatial) throw Refusal("linear takes rows of features");
     plan_.infos_.resize(steps_.size());
     for (size_t i = 0; i < steps_.size(); ++i) plan_.infos_[i].name = steps_[i].name;
+    for (const StepSpec& step : steps_)
+      if (step.activation.kind != Activation::kNone && !step.has_relu())
+        throw Refusal("an activation other than ReLU on CUDA, which has no kernel for it");
 
     Map current = input.is_spatial ? (input.is_nhwc ? nhwc(input.channels, input.h, input.w, input.channels)
                                                     : nchw(input.channels, input.h, input.w))
@@ -230,7 +233,7 @@ class CudaPlanBuilder {
     set_source(launch.conv, src);
     set_window(launch.conv, window);
     launch.conv.c_out = to_int(step.out);
-    launch.conv.has_relu = step.has_relu;
+    launch.conv.has_relu = step.has_relu();
     launch.conv.conv_h = to_int(conv_h), launch.conv.conv_w = to_int(conv_w);
 
     const bool is_vector = can_use_vectors(src);
@@ -359,7 +362,7 @@ class CudaPlanBuilder {
     CudaLaunch launch;
     launch.kind = CudaLaunch::Kind::kCudnnConv;
     launch.step = index;
-    launch.has_relu = step.has_relu && options_.trusts_cudnn_relu;
+    launch.has_relu = step.has_relu() && options_.trusts_cudnn_relu;
     launch.kernel = launch.has_relu ? "cudnn_convolution_relu" : "cudnn_convolution";
     launch.takes_bias = launch.has_relu;
     launch.src = src.at;
@@ -380,7 +383,7 @@ class CudaPlanBuilder {
     const bool is_same_order = dst.c_stride == held.c_stride && dst.pitch == held.pitch && dst.w_stride == held.w_stride;
     if (launch.has_relu && !step.has_pool && is_same_order) return held;
     dst = placed(dst, src);
-    add_pool(index, held, dst, step.has_pool ? step.pool : Window{}, !launch.takes_bias, step.has_relu && !launch.has_relu);
+    add_pool(index, held, dst, step.has_pool ? step.pool : Window{}, !launch.takes_bias, step.has_relu() && !launch.has_relu);
     return dst;
   }
 
@@ -472,7 +475,7 @@ class CudaPlanBuilder {
     args.count = static_cast<int>(end - first);
     args.src_row_stride = steps_[first].in, args.dst_row_stride = steps_[end - 1].out;
     for (size_t i = first; i < end; ++i)
-      args.layers[i - first] = {nullptr, nullptr, to_int(steps_[i].out), to_int(steps_[i].in), steps_[i].has_relu};
+      args.layers[i - first] = {nullptr, nullptr, to_int(steps_[i].out), to_int(steps_[i].in), steps_[i].has_relu()};
     return args;
   }
 
@@ -555,12 +558,12 @@ class CudaPlanBuilder {
     CudaLaunch launch;
     launch.step = index;
     launch.src = src.at, launch.dst = dst.at;
-    launch.has_relu = step.has_relu;
+    launch.has_relu = step.has_relu();
     set_source(launch.conv, src);
     set_target(launch.conv, dst);
     launch.conv.c_out = to_int(step.out);
     launch.conv.conv_h = launch.conv.conv_w = 1;
-    launch.conv.has_relu = step.has_relu;
+    launch.conv.has_relu = step.has_relu();
     if (options_.allows_cublas && options_.forced_kernel.empty() && is_for_cublas(options_.batch, step.out, step.in)) {
       launch.kind = CudaLaunch::Kind::kCublasLinear;
       launch.kernel = "_addmm_activation";

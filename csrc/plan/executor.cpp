@@ -142,7 +142,8 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
 // products are as high as the images allow. Winograd's transforms of the input are made by each of them.
 bool Executor::shares_panels(const SpatialStep& step, int64_t batch, int threads) const {
   const PackedWeights* const weights = weights_of(step);
-  if (!weights || weights->bytes() <= kHeavyWeightBytes || step.ring.size || step.is_plane) return false;
+  if (!weights || weights->bytes() <= kHeavyWeightBytes || step.ring.size || step.is_plane || step.winograd.has_few_channels)
+    return false;
   const int64_t vectors = weights->bias->size() / kernels_.lanes;
   int64_t most = 0;
   for (int part = 0; part < threads; ++part) {

@@ -40,7 +40,24 @@ int32_t to_offset(int64_t value) {
   return static_cast<int32_t>(value);
 }
 
-float lower_bound(bool has_relu) { return has_relu ? 0.0f : -std::numeric_limits<float>::infinity(); }
+float lower_bound(const StepSpec& spec) { return spec.has_relu() ? 0.0f : -std::numeric_limits<float>::infinity(); }
+
+// channels: of the step's output.
+ActivationPass make_pass(const StepSpec& spec, int64_t channels, int lanes) {
+  const ActivationSpec& from = spec.activation;
+  ActivationPass pass;
+  if (from.kind == Activation::kNone || from.kind == Activation::kRelu) return pass;
+  pass.kind = from.kind, pass.a = from.a, pass.b = from.b;
+  if (from.kind != Activation::kPrelu) return pass;
+  if (from.slope_count == 1) {
+    pass.kind = Activation::kLeakyRelu, pass.a = from.slopes[0];
+    return pass;
+  }
+  if (from.slope_count != channels) throw Refusal("prelu expects another number of channels");
+  pass.slopes.resize(static_cast<size_t>(round_up(channels, lanes)));
+  std::copy(from.slopes, from.slopes + channels, pass.slopes.begin());
+  return pass;
+}
 
 // An infinite bias makes NaN of a sum that is infinite the other way, which pooling the sums before the bias would hide.
 bool has_infinity(const float* values, int64_t count) {
@@ -131,7 +148,8 @@ class PlanBuilder {
       shape.h = std::min(full.h, (dst.h - 1) * w.stride_h - w.pad_top + w.k_h);
       shape.w = std::min(full.w, (dst.w - 1) * w.stride_w - w.pad_left + w.k_w);
       shape.pools_in_registers = w.k_h == 2 && w.k_w == 2 && w.stride_h == 2 && w.stride_w == 2 && !w.pad_top && !w.pad_left &&
-                                 2 * dst.h <= full.h && 2 * dst.w <= full.w && !has_infinity(spec.bias, spec.out);
+                                 2 * dst.h <= full.h && 2 * dst.w <= full.w && !has_infinity(spec.bias, spec.out) &&
+                                 pools_first(spec);
     }
     return shape;
   }
@@ -268,17 +286,22 @@ class PlanBuilder {
     SpatialStep step;
     step.name = spec.name, step.note = note(index);
     step.src = src, step.dst = dst;
-    step.lower = lower_bound(spec.has_relu);
+    step.lower = lower_bound(spec);
+    step.activation = make_pass(spec, dst.channels, set_.lanes);
     step.conv = spec.conv, step.pool = spec.pool;
     step.has_conv = spec.op == Op::kConv2d;
     step.has_pool = spec.has_pool || spec.op == Op::kMaxPool2d;
     if (!step.has_conv) {
+      if (!spec.pools_before_activation && !commutes_with_max_pool(spec.activation))
+        throw Refusal("maxpool2d alone takes no activation before it");
+      step.activates_pooled = true;
       step.kernel = std::string("maxpool2d_f32__") + set_.isa + "_1x" + std::to_string(set_.lanes);
       return step;
     }
     const ConvShape shape = conv_shape(spec, index);
     step.conv_h = shape.h, step.conv_w = shape.w;
     step.pools_in_registers = shape.pools_in_registers;
+    step.activates_pooled = step.has_pool && !step.pools_in_registers && pools_first(spec);
     step.flops = 2.0 * step.conv_h * step.conv_w * spec.out * spec.in * spec.conv.k_h * spec.conv.k_w;
 
     if (uses_plane_[index]) {
@@ -392,7 +415,8 @@ class PlanBuilder {
       LinearStep step;
       step.name = spec.name, step.note = note(i);
       step.n = spec.out, step.k = spec.in;
-      step.lower = lower_bound(spec.has_relu);
+      step.lower = lower_bound(spec);
+      step.activation = make_pass(spec, spec.out, set_.lanes);
       step.flops = 2.0 * spec.out * spec.in;
       const bool reads_map = follows_spatial && i == first;
       const int64_t spatial = reads_map ? sizes_.back().h * sizes_.back().w : 1;

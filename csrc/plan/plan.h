@@ -42,6 +42,16 @@ struct Map {
   int64_t size = 0;           // elements in the arena, border included
 };
 
+// An activation in a pass of its own over what a step has just stored, while that is in the cache. Not ReLU, which is a clamp in
+// the step's kernel.
+struct ActivationPass {
+  Activation kind = Activation::kNone;
+  float a = 0, b = 0;
+  std::vector<float> slopes;  // one per output channel, zero up to whole vectors; empty but for PReLU with several
+
+  explicit operator bool() const { return kind != Activation::kNone; }
+};
+
 // A spatial step: convolution, convolution with pooling, or pooling alone.
 struct SpatialStep {
   std::string name, kernel, note;
@@ -49,6 +59,8 @@ struct SpatialStep {
   bool has_conv = false, has_pool = false;
   bool pools_in_registers = false;  // 2x2/2 windows inside the tile
   float lower = 0;                  // of the step's last operation
+  ActivationPass activation;
+  bool activates_pooled = false;  // what comes out of a pool outside the registers, rather than the convolution's results
   // convolution
   Window conv;
   int64_t conv_h = 0, conv_w = 0;  // rows and columns that are computed: what a pool would drop is not
@@ -74,6 +86,7 @@ struct LinearStep {
   int64_t n = 0, k = 0;
   int64_t src_stride = 0, dst_stride = 0;  // elements from a row to the next
   float lower = 0;
+  ActivationPass activation;
   PackedPtr weights;  // of a weight that is read in place the bias and where the panels are
   std::vector<cpu::Run> runs;
   double flops = 0;

@@ -15,8 +15,20 @@ constexpr int64_t kFarPanelFloats = int64_t{128} << 10, kStretchFloats = int64_t
 }  // namespace
 
 void Executor::run_linear(const LinearStep& step, const float* src, float* dst, int64_t rows, size_t first, size_t last) const {
+  const std::vector<Panel>& panels = step.weights->panels;
+  const int64_t first_lane = panels[first].first_lane;
+  // Hidden rows have room for whole vectors, which weights in place leave alone; the result's rows may not.
+  const int64_t room = step.in_place >= 0 ? step.n : step.dst_stride;
+  const int64_t end_lane = std::min<int64_t>(room, panels[last - 1].first_lane + panels[last - 1].vectors * kernels_.lanes);
+  const auto activate_rows = [&](float* row, int64_t count) {
+    if (!step.activation || first_lane >= end_lane) return;
+    cpu::ActivationJob job = {};
+    job.data = row + first_lane, job.rows = count, job.row_stride = step.dst_stride, job.lanes = end_lane - first_lane;
+    activate(step.activation, job, first_lane);
+  };
   if (step.in_place >= 0) {
     run_in_place(kernels_, step, weights_[step.in_place], src, dst, rows, first, last, plan_.scratch_);
+    activate_rows(dst, rows);
     return;
   }
   const PackedWeights& weights = *step.weights;
@@ -38,6 +50,7 @@ void Executor::run_linear(const LinearStep& step, const float* src, float* dst, 
     const int widest = weights.panels.front().vectors;
     if (count > kernels_.max_rows[widest] && step.k * widest * kernels_.lanes > kFarPanelFloats) {
       run_stretches(step, job, dst + row * step.dst_stride, count, first, last);
+      activate_rows(dst + row * step.dst_stride, count);
       continue;
     }
     for (size_t p = first; p < last;) {
@@ -53,7 +66,6 @@ void Executor::run_linear(const LinearStep& step, const float* src, float* dst, 
         job.panel_stride = step.k * panel.vectors * kernels_.lanes;
       }
       const Panel& end = weights.panels[p + side_by_side - 1];
-      // Hidden rows have room for whole vectors, the result's last panel may not.
       job.lanes = static_cast<int32_t>(std::min<int64_t>(end.vectors * kernels_.lanes, step.dst_stride - end.first_lane));
       if (count <= 3 && panel.vectors == kernels_.preferred_vectors) {
         kernels_.row_tile[count][side_by_side](job, 1);
@@ -62,6 +74,7 @@ void Executor::run_linear(const LinearStep& step, const float* src, float* dst, 
       }
       p += side_by_side;
     }
+    activate_rows(dst + row * step.dst_stride, count);
   }
 }
 

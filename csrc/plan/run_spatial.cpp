@@ -13,6 +13,9 @@ namespace {
 constexpr float kNoLower = -std::numeric_limits<float>::infinity();
 constexpr int64_t kMostLanes = 16;  // of a vector
 
+// The caller's pixels lie close together; everywhere else there is room for whole vectors, `all` lanes.
+int64_t lanes_of(const Map& map, int64_t all) { return map.place == Map::Place::kCallerDst ? map.channels : all; }
+
 // By their bits, which the compiler can take several at a time.
 bool has_nan(const float* values, int64_t count) {
   uint32_t found = 0;
@@ -117,18 +120,50 @@ void Executor::run_share(const SpatialStep& step, const Workspace* images, int64
   }
 }
 
+void Executor::activate(const ActivationPass& pass, cpu::ActivationJob job, int64_t first_channel) const {
+  if (pass.slopes.empty()) {
+    // Dense rows are one: only the last has lanes that fill no vector.
+    if (job.row_stride == job.lanes) job.lanes *= job.rows, job.rows = 1;
+  } else {
+    job.slopes = pass.slopes.data() + first_channel;
+  }
+  job.a = pass.a, job.b = pass.b;
+  kernels_.activation[static_cast<int>(pass.kind)](job);
+}
+
+void Executor::activate_rows(const SpatialStep& step, const Workspace& at, const Map& dst, int64_t row, int64_t rows,
+                             int64_t first_lane, int64_t end_lane) const {
+  cpu::ActivationJob job = {};
+  job.rows = dst.w, job.row_stride = dst.pitch, job.lanes = end_lane - first_lane;
+  for (int64_t y = row; y < row + rows; ++y) {
+    job.data = target(dst, at) + (y % dst.rows_kept) * dst.row_stride + first_lane;
+    activate(step.activation, job, first_lane);
+  }
+}
+
 void Executor::conv_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first, int64_t last,
                          Share share) const {
   if (step.is_plane) {
     plane_rows(step, at, dst, lower, first, last);
-  } else if (step.panels_outermost) {
+    return;
+  }
+  const bool activates = step.activation && !step.activates_pooled;
+  const int64_t room = lanes_of(dst, step.weights->bias->size());
+  if (step.panels_outermost) {
     for (const Panel& panel : step.weights->panels)
-      for (int64_t row = first; share.has(panel) && row < last; row += step.block_rows)
-        conv_panel(step, at, dst, lower, panel, row, std::min(step.block_rows, last - row));
+      for (int64_t row = first; share.has(panel) && row < last; row += step.block_rows) {
+        const int64_t rows = std::min(step.block_rows, last - row);
+        conv_panel(step, at, dst, lower, panel, row, rows);
+        if (activates)
+          activate_rows(step, at, dst, row, rows, panel.first_lane,
+                        std::min<int64_t>(room, panel.first_lane + panel.vectors * kernels_.lanes));
+      }
   } else {
-    for (int64_t row = first; row < last; row += step.block_rows)
-      for (const Panel& panel : step.weights->panels)
-        conv_panel(step, at, dst, lower, panel, row, std::min(step.block_rows, last - row));
+    for (int64_t row = first; row < last; row += step.block_rows) {
+      const int64_t rows = std::min(step.block_rows, last - row);
+      for (const Panel& panel : step.weights->panels) conv_panel(step, at, dst, lower, panel, row, rows);
+      if (activates) activate_rows(step, at, dst, row, rows, 0, room);
+    }
   }
 }
 
@@ -148,8 +183,27 @@ void Executor::plane_rows(const SpatialStep& step, const Workspace& at, const Ma
   for (int64_t row = first; row < last; ++row) {
     job.src = source(step.src, at) + (row * scale - step.conv.pad_top) * step.src.row_stride - step.conv.pad_left;
     kernels_.plane_row[step.pools_in_registers](job);
+    if (step.activation && !step.activates_pooled) activate_planes(step, job.dst);
     kernels_.transpose(job.dst, job.dst_stride, target(dst, at) + (row % dst.rows_kept) * dst.row_stride, dst.pitch,
                        step.conv_w / scale, channels, true);
+  }
+}
+
+// A row of each channel, on its way from plane_row to pixels.
+void Executor::activate_planes(const SpatialStep& step, float* planes) const {
+  cpu::ActivationJob job = {};
+  job.data = planes, job.rows = step.dst.channels, job.row_stride = step.plane_stride;
+  job.lanes = step.pools_in_registers ? step.plane_stride / 2 : step.plane_stride;  // whole vectors: all that plane_row writes
+  if (step.activation.slopes.empty()) {
+    activate(step.activation, job, 0);
+    return;
+  }
+  ActivationPass channel;
+  channel.kind = Activation::kLeakyRelu;
+  job.rows = 1;
+  for (int64_t c = 0; c < step.dst.channels; ++c, job.data += step.plane_stride) {
+    channel.a = step.activation.slopes[static_cast<size_t>(c)];
+    activate(channel, job, 0);
   }
 }
 
@@ -158,10 +212,8 @@ void Executor::conv_panel(const SpatialStep& step, const Workspace& at, const Ma
   const int64_t scale = step.pools_in_registers ? 2 : 1;
   cpu::TileJob job = conv_job(step, at, lower, panel, row * scale * step.conv.stride_h, 0);
   job.src_offset = step.src_offset.data();
-  // The caller's pixels lie close together; everywhere else there is room for whole vectors.
-  const int width = panel.vectors * kernels_.lanes;
-  const bool is_exact = dst.place == Map::Place::kCallerDst;
-  job.lanes = is_exact ? static_cast<int32_t>(std::min<int64_t>(width, dst.channels - panel.first_lane)) : width;
+  const int64_t room = lanes_of(dst, step.weights->bias->size());
+  job.lanes = static_cast<int32_t>(std::min<int64_t>(panel.vectors * kernels_.lanes, room - panel.first_lane));
   job.dst = target(dst, at) + (row % dst.rows_kept) * dst.row_stride + panel.first_lane;
   job.dst_offset = step.dst_offset.data();
   run_conv(step, panel, job, rows * (step.conv_w / scale));
@@ -238,8 +290,7 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
     out.tile = tiles, out.tiles = static_cast<int32_t>(count);
     out.dst_row_stride = dst.row_stride, out.dst_pitch = dst.pitch;
     out.poison = poison;
-    // As in conv_panel.
-    const int64_t room = dst.place == Map::Place::kCallerDst ? dst.channels : weights.bias->size();
+    const int64_t room = lanes_of(dst, weights.bias->size());
     // Sums that are not finite: the transforms spread NaN and infinity over pixels that eager's sums do not reach. Panel by panel,
     // since panels are what threads share: what is computed again must not depend on who computed what.
     const auto mend = [&](int64_t first_lane, int64_t end_lane) {
@@ -248,6 +299,18 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
         if (has_nan(poison + t * kernels_.lanes, kernels_.lanes))
           run_tile_directly(step, images[places[t].image], lower, places[t].row, places[t].column, tiles[t], first_lane, end_lane);
     };
+    // The pixels that these tiles have stored, each of which belongs to one tile.
+    const auto activate_tiles = [&](int64_t first_lane, int64_t end_lane) {
+      if (!step.activation || step.activates_pooled) return;
+      cpu::ActivationJob job = {};
+      job.row_stride = dst.pitch, job.lanes = end_lane - first_lane;
+      for (const cpu::WinogradTile* tile = tiles; tile < tiles + count; ++tile)
+        for (int64_t y = tile->skip_rows; y < w.side; ++y) {
+          job.data = tile->dst + y * dst.row_stride + tile->skip_columns * dst.pitch + first_lane;
+          job.rows = w.side - tile->skip_columns;
+          activate(step.activation, job, first_lane);
+        }
+    };
     if (w.has_few_channels) {
       std::fill(poison, poison + count * kernels_.lanes, 0.0f);
       out.src = v, out.src_tile_stride = w.v_tile_stride;
@@ -255,6 +318,7 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
       out.lanes = static_cast<int32_t>(room);
       kernels_.winograd_small_output[step.pools_in_registers][step.src.channels](out);
       mend(0, room);
+      activate_tiles(0, room);
       continue;
     }
     for (const Panel& panel : weights.panels) {
@@ -274,6 +338,7 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
       out.lanes = static_cast<int32_t>(std::min(width, room - panel.first_lane));
       kernels_.winograd_output[w.out == 2][step.pools_in_registers](out);
       mend(panel.first_lane, panel.first_lane + out.lanes);
+      activate_tiles(panel.first_lane, panel.first_lane + out.lanes);
     }
   }
 }
@@ -321,6 +386,9 @@ void Executor::pool_rows(const SpatialStep& step, const Workspace& at, int64_t f
   job.can_overread = from.place != Map::Place::kCallerSrc;
   job.lower = step.lower;
   job.row_stride = from.row_stride;
+  // The pool writes channels only. In the arena nothing else does, so that what is there stays one of a function's values;
+  // elsewhere other data may have become subnormal from call to call.
+  const int64_t lanes = step.dst.place == Map::Place::kArena ? step.dst.pitch : step.dst.channels;
   job.ring_begin = src, job.ring_end = src + from.rows_kept * from.row_stride;
   for (int64_t y = first; y < last; ++y) {
     const int64_t top = y * step.pool.stride_h - step.pool.pad_top;
@@ -329,6 +397,7 @@ void Executor::pool_rows(const SpatialStep& step, const Workspace& at, int64_t f
     job.row_count = static_cast<int32_t>(end - begin);
     job.dst = dst + y * step.dst.row_stride;
     kernels_.pool_row(job);
+    if (step.activation && step.activates_pooled) activate_rows(step, at, step.dst, y, 1, 0, lanes);
   }
 }
 

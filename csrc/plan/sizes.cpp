@@ -27,6 +27,10 @@ StepSizes infer_sizes(const InputSpec& input, const std::vector<StepSpec>& steps
   return sizes;
 }
 
+bool pools_first(const StepSpec& step) {
+  return step.op == Op::kMaxPool2d || step.pools_before_activation || commutes_with_max_pool(step.activation);
+}
+
 std::string layer_key(const std::string& isa, const StepSpec& step, const MapSize& src) {
   const auto pair = [](const char* name, int64_t a, int64_t b) { return std::string(name) + shape_text({a, b}); };
   if (step.op == Op::kLinear) return isa + " linear " + shape_text({step.in, step.out});
@@ -40,6 +44,7 @@ std::string layer_key(const std::string& isa, const StepSpec& step, const MapSiz
     const Window& w = step.pool;
     key += pair(" pool ", w.k_h, w.k_w) + pair(" stride ", w.stride_h, w.stride_w) + pair(" padding ", w.pad_top, w.pad_left) +
            (w.ceil_mode ? " ceil" : "");
+    if (!pools_first(step)) key += " after the activation";  // not in registers
   }
   return key;
 }

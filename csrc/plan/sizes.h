@@ -21,6 +21,10 @@ struct StepSizes {
 // Of the first `count` steps, which are convolutions and pools. Throws Refusal where eager would raise.
 StepSizes infer_sizes(const InputSpec& input, const std::vector<StepSpec>& steps, size_t count);
 
+// Whether a step's pool, where it has one, comes before its activation: because it is so or because nobody can tell. A
+// convolution's results can then be pooled in registers.
+bool pools_first(const StepSpec& step);
+
 // What the speed of a step depends on, in words: equal keys, equal layers. `src` is the map that the step reads, nothing for
 // Linear.
 std::string layer_key(const std::string& isa, const StepSpec& step, const MapSize& src);

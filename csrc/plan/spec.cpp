@@ -1,6 +1,51 @@
 #include "plan/spec.h"
 
+#include <algorithm>
+#include <cmath>
+
 namespace fastseq {
+namespace {
+
+// A slope of 0 makes NaN of -inf, an infinite one of 0: a pool might have left either out.
+bool is_increasing_slope(float slope) { return slope > 0 && std::isfinite(slope); }
+
+// From here on softplus in float32 is its argument, so that taking that instead is no step down.
+constexpr float kSoftplusIsLinear = 17;
+
+}  // namespace
+
+bool commutes_with_max_pool(const ActivationSpec& activation) {
+  const float a = activation.a, b = activation.b;
+  switch (activation.kind) {
+    case Activation::kNone:
+    case Activation::kRelu:
+    case Activation::kRelu6:
+    case Activation::kSelu:
+    case Activation::kHardsigmoid:
+    case Activation::kSigmoid:
+    case Activation::kTanh:
+      return true;
+    case Activation::kLeakyRelu:
+      return is_increasing_slope(a);
+    case Activation::kPrelu:
+      return std::all_of(activation.slopes, activation.slopes + activation.slope_count, is_increasing_slope);
+    case Activation::kElu:
+      return a >= 0 && std::isfinite(a);
+    case Activation::kCelu:
+      return is_increasing_slope(a) && std::isfinite(1 / a);
+    case Activation::kHardtanh:
+      return a <= b;
+    case Activation::kSoftplus:
+      return is_increasing_slope(a) && b >= kSoftplusIsLinear;
+    case Activation::kHardswish:
+    case Activation::kSilu:
+    case Activation::kGelu:
+    case Activation::kGeluTanh:
+    case Activation::kMish:
+      return false;
+  }
+  return false;
+}
 
 std::string shape_text(const std::vector<int64_t>& sizes) {
   std::string text;

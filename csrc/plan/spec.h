@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/activation.h"
+
 namespace fastseq {
 
 // Thrown while a plan is built: this input or these weights are not for the native run. The caller falls back to eager.
@@ -22,8 +24,18 @@ struct Window {
 
 enum class Op { kConv2d, kMaxPool2d, kLinear };
 
+struct ActivationSpec {
+  Activation kind = Activation::kNone;
+  float a = 0, b = 0;             // see Activation
+  const float* slopes = nullptr;  // PReLU's: one, or as many as the step has output channels or features
+  int64_t slope_count = 0;
+};
+
+// Whether max-pooling before it gives what max-pooling after it gives, NaN and infinities included.
+bool commutes_with_max_pool(const ActivationSpec& activation);
+
 // One fused step. weight: conv2d (c_out, c_in, k_h, k_w), linear (n, k), contiguous; bias: (c_out) or (n), or null.
-// Read only while the plan is built.
+// Read only while the plan is built, as are slopes.
 struct StepSpec {
   Op op = Op::kLinear;
   std::string name;  // the pattern, such as conv2d_relu_maxpool2d
@@ -31,11 +43,13 @@ struct StepSpec {
   const float* bias = nullptr;
   int64_t out = 0, in = 0;  // channels or features of the weight
   Window conv;
-  bool has_relu = false;
-  bool relu_is_in_place = false;  // the same values, but see how the memory format follows
+  ActivationSpec activation;
+  bool activation_is_in_place = false;  // the same values, but see how the memory format follows
   bool has_pool = false;
-  bool pools_before_relu = false;  // as above
+  bool pools_before_activation = false;  // with ReLU the same values, as above
   Window pool;
+
+  bool has_relu() const { return activation.kind == Activation::kRelu; }
 };
 
 // One image (or row) of the input; the batch size stays free.

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from fastseq.patterns import activation
+
 Layers = Sequence[Any]  # of exactly the pattern's types, in its order
 Kinds = tuple[type[nn.Module], ...]
 
@@ -33,7 +35,7 @@ class Pattern:
 # between two calls means a new match.
 ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward"),
-    nn.ReLU: ("inplace",),
+    **activation.ATTRIBUTES,
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d), ("training", "track_running_stats", "eps", "_check_input_dim")),
     nn.Flatten: ("start_dim", "end_dim"),
@@ -44,6 +46,7 @@ PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight", "bias"),
     nn.BatchNorm1d: ("weight", "bias"),
     nn.BatchNorm2d: ("weight", "bias"),
+    nn.PReLU: ("weight",),
 }
 BUFFERS: dict[type[nn.Module], tuple[str, ...]] = dict.fromkeys(
     (nn.BatchNorm1d, nn.BatchNorm2d), ("running_mean", "running_var")
@@ -138,7 +141,13 @@ def build_maxpool2d(layer: nn.MaxPool2d) -> dict[str, Any]:
     }
 
 
+def check_prelu(layer: nn.PReLU) -> str | None:
+    return has_parameters(layer) or activation.check(layer)
+
+
 CHECKS: dict[type[nn.Module], Callable[[Any], str | None]] = {
+    **dict.fromkeys(activation.ACTIVATIONS, activation.check),
+    nn.PReLU: check_prelu,
     nn.Conv2d: check_conv2d,
     nn.Linear: has_parameters,
     nn.BatchNorm1d: check_batchnorm,
@@ -150,22 +159,23 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 def check(layers: Layers) -> str | None:
     """The first objection to any of the layers, or None."""
-    return next(filter(None, (CHECKS[type(layer)](layer) for layer in layers if type(layer) in CHECKS)), None)
+    return next(filter(None, (CHECKS[type(layer)](layer) for layer in layers)), None)
 
 
 def build(op: str, name: str, layers: Layers) -> dict[str, Any]:
     """The step for the native engine. "layer": what holds weight and bias, or None; "norm": the BatchNorm behind."""
     kinds = [type(layer) for layer in layers]
     by_kind = dict(zip(kinds, layers, strict=True))
-    relu, pool = by_kind.get(nn.ReLU), by_kind.get(nn.MaxPool2d)
+    pool = by_kind.get(nn.MaxPool2d)
     norm = next((layer for layer in layers if type(layer) in NORMS), None)
+    last = next((layer for layer in layers if type(layer) in activation.ACTIVATIONS), None)
     return {
         "op": op,
         "name": name,
-        "relu": relu is not None,
-        # Out of place it gives its result new strides where two memory formats coincide; in place it cannot.
-        "relu_in_place": relu is not None and bool(relu.inplace),
-        "relu_after_pool": relu is not None and pool is not None and kinds.index(nn.MaxPool2d) < kinds.index(nn.ReLU),
+        **activation.build(last),
+        "activation_after_pool": last is not None
+        and pool is not None
+        and kinds.index(nn.MaxPool2d) < kinds.index(type(last)),
         "conv": build_conv2d(layers[0]) if kinds[0] is nn.Conv2d else None,
         "pool": None if pool is None else build_maxpool2d(pool),
         "layer": layers[0] if kinds[0] in PARAMETERS else None,

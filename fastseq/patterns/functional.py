@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def without_parameters(kind: type[nn.Module], **attributes: Any) -> nn.Module:
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
     layer.__dict__.update(attributes)
-    layer._parameters.update(dict.fromkeys(PARAMETERS[kind]))
+    layer._parameters.update(dict.fromkeys(PARAMETERS.get(kind, ())))
     return layer
 
 
@@ -66,10 +67,15 @@ def linear(weight: Any, bias: Any) -> nn.Module:
     return without_parameters(nn.Linear)
 
 
-def relu(inplace: Any = False) -> nn.Module:
-    if type(inplace) is not bool:
+def activation(kind: type[nn.Module], **attributes: Any) -> nn.Module:
+    if type(attributes.get("inplace", False)) is not bool:
         raise UnknownCall
-    return nn.ReLU(inplace)
+    return without_parameters(kind, **attributes)
+
+
+def act(kind: type[nn.Module], fixed: dict[str, Any] | None = None, **arguments: Any) -> Signature:
+    """The signature of an activation function; `fixed`: attributes of the layer that are no arguments."""
+    return Signature(partial(activation, kind, **(fixed or {})), arguments)
 
 
 def max_pool2d(
@@ -90,8 +96,9 @@ def dropout(p: Any, training: Any, inplace: Any) -> nn.Module:
 PARAMETERS_OF_CALL = {"weight": REQUIRED, "bias": None}
 CONV2D = Signature(conv2d, {**PARAMETERS_OF_CALL, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
 LINEAR = Signature(linear, PARAMETERS_OF_CALL)
-RELU = Signature(relu, {})
-RELU_IN_PLACE = Signature(lambda: relu(inplace=True), {})
+RELU = act(nn.ReLU, {"inplace": False})
+RELU_IN_PLACE = act(nn.ReLU, {"inplace": True})
+SIGMOID, TANH = act(nn.Sigmoid), act(nn.Tanh)
 POOL = {"kernel_size": REQUIRED, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
 FLATTEN = Signature(nn.Flatten, {"start_dim": 0, "end_dim": -1})
 FUNCTIONS: dict[Any, Signature] = {
@@ -99,16 +106,38 @@ FUNCTIONS: dict[Any, Signature] = {
     torch.conv2d: CONV2D,
     F.linear: LINEAR,
     torch._C._nn.linear: LINEAR,
-    F.relu: Signature(relu, {"inplace": False}),
+    F.relu: act(nn.ReLU, inplace=False),
     F.relu_: RELU_IN_PLACE,
     torch.relu: RELU,
     torch.relu_: RELU_IN_PLACE,
+    F.relu6: act(nn.ReLU6, {"min_val": 0.0, "max_val": 6.0}, inplace=False),
+    F.leaky_relu: act(nn.LeakyReLU, negative_slope=0.01, inplace=False),
+    F.elu: act(nn.ELU, alpha=1.0, inplace=False),
+    F.selu: act(nn.SELU, inplace=False),
+    F.celu: act(nn.CELU, alpha=1.0, inplace=False),
+    F.hardtanh: act(nn.Hardtanh, min_val=-1.0, max_val=1.0, inplace=False),
+    F.hardswish: act(nn.Hardswish, inplace=False),
+    F.hardsigmoid: act(nn.Hardsigmoid, inplace=False),
+    torch.sigmoid: SIGMOID,
+    F.sigmoid: SIGMOID,
+    torch.tanh: TANH,
+    F.tanh: TANH,
+    F.silu: act(nn.SiLU, inplace=False),
+    F.gelu: act(nn.GELU, approximate="none"),
+    F.softplus: act(nn.Softplus, beta=1.0, threshold=20.0),
+    F.mish: act(nn.Mish, inplace=False),
     F.max_pool2d: Signature(max_pool2d, {**POOL, "return_indices": False}),
     torch.max_pool2d: Signature(max_pool2d, POOL),
     torch.flatten: FLATTEN,
     F.dropout: Signature(dropout, {"p": 0.5, "training": True, "inplace": False}),
 }
-METHODS: dict[Any, Signature] = {"relu": RELU, "relu_": RELU_IN_PLACE, "flatten": FLATTEN}
+METHODS: dict[Any, Signature] = {
+    "relu": RELU,
+    "relu_": RELU_IN_PLACE,
+    "sigmoid": SIGMOID,
+    "tanh": TANH,
+    "flatten": FLATTEN,
+}
 TORCHS_METHODS = {name: getattr(torch.Tensor, name) for name in METHODS}  # as nobody has replaced them
 
 

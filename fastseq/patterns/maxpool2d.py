@@ -1,14 +1,18 @@
-"""MaxPool2d by itself."""
+"""MaxPool2d, alone or with an activation behind it."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from fastseq.patterns.activation import ACTIVATIONS
 from fastseq.patterns.base import Kinds, Pattern, fused
 
 
 def example(kinds: Kinds) -> tuple[list[nn.Module], tuple[int, ...]]:
-    return [nn.MaxPool2d(3, 2, 1)], (2, 3, 9, 8)
+    return [nn.MaxPool2d(3, 2, 1), *(kind() for kind in kinds[1:])], (2, 3, 9, 8)
 
 
-PATTERNS: tuple[Pattern, ...] = (fused("maxpool2d", (nn.MaxPool2d,), example, maps_images=True),)
+PATTERNS: tuple[Pattern, ...] = tuple(
+    fused("maxpool2d", (nn.MaxPool2d, *rest), example, maps_images=True)
+    for rest in (*((kind,) for kind in ACTIVATIONS), ())
+)

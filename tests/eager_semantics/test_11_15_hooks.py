@@ -300,7 +300,9 @@ def test_15_normalised_and_pruned_weights_stay_eagers(name: str, when: str) -> N
     Afterwards, when the weight is a plain parameter again, the layer is fused again.
     """
     apply, remove, kind = REWEIGHTED[name]
-    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Tanh(), nn.Linear(5, 3)).eval()
+    model = nn.Sequential(
+        nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Tanhshrink(), nn.Linear(5, 3)
+    ).eval()
     x = torch.randn(4, 6)
     if when == "before optimize":
         with torch.no_grad():

@@ -104,7 +104,7 @@ def killed_process(module: FusedSequential, x: Any, output: Tensor) -> Tensor:
 def dropped_relu() -> AbstractContextManager[Any]:
     """No step of a plan has a ReLU."""
     table = tuple(
-        dataclasses.replace(p, build=lambda layers, build=p.build: {**build(layers), "relu": False})
+        dataclasses.replace(p, build=lambda layers, build=p.build: {**build(layers), "activation": "none"})
         for p in matcher.PATTERNS
     )
     return patch.object(matcher.match, "__defaults__", (table,))

@@ -108,6 +108,9 @@ void check_winograd_outputs(const KernelSet& set, const WinogradOutput (&output)
 // rows.cpp
 void check_plane_row(const KernelSet& set, const PlaneRow (&plane_row)[2], Random& random);
 void check_pool_row(const KernelSet& set, PoolRow pool_row, Random& random);
+// activations.cpp
+double activation_value(Activation kind, double a, double b, double x);  // a PReLU's a is its slope
+void check_activations(const KernelSet& set, const ActivationLoop (&activation)[kActivations], Random& random);
 // utilities.cpp
 void check_transpose(const KernelSet& set, Transpose transpose, Random& random);
 void check_fingerprint(const KernelSet& set, Fingerprint fingerprint, Random& random);

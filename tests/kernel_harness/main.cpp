@@ -17,7 +17,7 @@ void check_isa(const KernelSet& set) {
   // All members by name: with one more this does not compile before the new one has its check here.
   const auto& [isa, lanes, max_rows, pool_rows, preferred_vectors, preferred_pool_vectors, tile, pool_tile, row_tile, row_panels,
                in_place, in_place_tile, in_place_rows, product_rows, product, winograd_input, winograd_small_input, winograd_output,
-               winograd_small_output, plane_row, pool_row, transpose, fingerprint, fingerprint_sample, fma_probe] = set;
+               winograd_small_output, plane_row, pool_row, activation, transpose, fingerprint, fingerprint_sample, fma_probe] = set;
   const std::string name = isa;
   Random random(3);
 
@@ -34,6 +34,7 @@ void check_isa(const KernelSet& set) {
   check_winograd_outputs(set, winograd_output, winograd_small_output, random);
   check_plane_row(set, plane_row, random);
   check_pool_row(set, pool_row, random);
+  check_activations(set, activation, random);
   check_transpose(set, transpose, random);
   check_fingerprint(set, fingerprint, random);
   check_fingerprint_sample(set, fingerprint_sample, random);

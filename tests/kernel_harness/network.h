@@ -26,7 +26,7 @@ struct Tensor {
 // A step with its own weights.
 struct Layer {
   StepSpec spec;
-  std::vector<float> weight, bias;
+  std::vector<float> weight, bias, slopes;
 };
 
 class Network {
@@ -50,8 +50,18 @@ class Network {
     width_ = out;
     return *this;
   }
-  Network& relu() {
-    layers_.back().spec.has_relu = true;
+  Network& relu() { return act(Activation::kRelu); }
+  Network& act(Activation kind, float a = 0, float b = 0) {
+    StepSpec& spec = layers_.back().spec;
+    spec.activation.kind = kind, spec.activation.a = a, spec.activation.b = b;
+    spec.pools_before_activation = spec.has_pool || spec.op == Op::kMaxPool2d;
+    return *this;
+  }
+  // Slopes in [least, least + 1).
+  Network& prelu(int64_t slopes, float least) {
+    act(Activation::kPrelu);
+    layers_.back().slopes = random_.values(slopes);
+    for (float& slope : layers_.back().slopes) slope = least + (slope + 1) / 2;
     return *this;
   }
   Network& pool(int64_t k, int64_t stride, int64_t pad = 0, bool ceil_mode = false) {
@@ -84,6 +94,8 @@ class Network {
       result.push_back(layer.spec);
       result.back().weight = layer.weight.data();
       result.back().bias = layer.bias.empty() ? nullptr : layer.bias.data();
+      result.back().activation.slopes = layer.slopes.data();
+      result.back().activation.slope_count = static_cast<int64_t>(layer.slopes.size());
     }
     return result;
   }
@@ -102,9 +114,9 @@ class Network {
       } else if (spec.op == Op::kConv2d) {
         x = convolve(x, layer, spec.conv);
       }
-      if (spec.has_relu)
-        for (double& v : x.value) v = v < 0 ? 0 : v;
+      if (!spec.pools_before_activation) activate(x, layer);
       if (spec.has_pool || spec.op == Op::kMaxPool2d) x = max_pool(x, spec.pool);
+      if (spec.pools_before_activation) activate(x, layer);
     }
     return x;
   }
@@ -143,6 +155,20 @@ class Network {
           y.error[y.at(o, oy, ox)] = std::isfinite(value) ? inherited + own_error * (magnitude + inherited) : 0;
         }
     return y;
+  }
+
+  static void activate(Tensor& x, const Layer& layer) {
+    const ActivationSpec& spec = layer.spec.activation;
+    if (spec.kind == Activation::kNone) return;
+    constexpr double kSteepest = 2, kOwnError = 16 * kRounding;  // what fits all functions in use here
+    const int64_t pixels = x.h * x.w;
+    for (size_t i = 0; i < x.value.size(); ++i) {
+      const size_t channel = i / static_cast<size_t>(pixels);
+      const double slope = layer.slopes.empty() ? spec.a : layer.slopes[layer.slopes.size() == 1 ? 0 : channel];
+      x.value[i] = activation_value(spec.kind, slope, spec.b, x.value[i]);
+      if (spec.kind == Activation::kRelu) continue;
+      x.error[i] = std::isfinite(x.value[i]) ? kSteepest * x.error[i] + kOwnError * std::fabs(x.value[i]) : 0;
+    }
   }
 
   static Tensor max_pool(const Tensor& x, const Window& window) {

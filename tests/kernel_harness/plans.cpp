@@ -64,6 +64,102 @@ std::vector<Network> networks() {
   return list;
 }
 
+// Activations that are a pass of their own, behind everything that they may follow.
+std::vector<Network> networks_with_activations() {
+  using A = Activation;
+  std::vector<Network> list;
+  auto add = [&](Network network) { list.push_back(std::move(network)); };
+  add(Network("convolution, SiLU", 3, 9, 11).conv(20, 3, 3).act(A::kSilu));
+  add(Network("convolution, Hardtanh, convolution, ELU", 5, 10, 9)
+          .conv(17, 3, 3, 1, 1)
+          .act(A::kHardtanh, -0.5f, 0.7f)
+          .conv(33, 3, 3, 2, 1)
+          .act(A::kElu, 0.8f));
+  add(Network("convolution, PReLU of channels, 1x1, PReLU", 6, 8, 8)
+          .conv(37, 3, 3, 1, 1)
+          .prelu(37, -0.5f)
+          .conv(9, 1, 1)
+          .prelu(1, 0.1f));
+  add(Network("convolution, GELU, 2x2 pool", 3, 12, 14).conv(40, 3, 3, 1, 1).act(A::kGelu).pool(2, 2));
+  add(Network("convolution, 2x2 pool, GELU", 3, 12, 14).conv(40, 3, 3, 1, 1).pool(2, 2).act(A::kGelu));
+  add(Network("convolution, LeakyReLU, 2x2 pool", 3, 12, 14).conv(18, 3, 3, 1, 1).act(A::kLeakyRelu, 0.1f).pool(2, 2));
+  add(Network("convolution, LeakyReLU that falls, 2x2 pool", 3, 12, 14).conv(18, 3, 3).act(A::kLeakyRelu, -0.5f).pool(2, 2));
+  add(Network("convolution, PReLU, 2x2 pool", 4, 10, 12).conv(19, 3, 3, 1, 1).prelu(19, 0.1f).pool(2, 2));
+  add(Network("convolution, PReLU that falls, 3x3 pool", 4, 11, 12).conv(19, 3, 3, 1, 1).prelu(19, -0.8f).pool(3, 2));
+  add(Network("convolution, Mish, 3x3 pool, convolution, Tanh, 3x3 pool", 3, 15, 17)
+          .conv(20, 3, 3, 1, 1)
+          .act(A::kMish)
+          .pool(3, 2, 1)
+          .conv(24, 3, 3, 1, 1)
+          .act(A::kTanh)
+          .pool(3, 1, 1, true));
+  add(Network("convolution, 3x3 pool, Hardswish", 3, 15, 17).conv(20, 3, 3, 1, 1).pool(3, 2, 1).act(A::kHardswish));
+  add(Network("pool, Sigmoid, convolution, SELU", 19, 9, 8).pool(3, 2, 1).act(A::kSigmoid).conv(7, 3, 3, 1, 1).act(A::kSelu));
+  add(Network("pool, PReLU", 19, 9, 8).pool(2, 2).prelu(19, -0.3f));
+  add(Network("one plane, SiLU, 2x2 pool", 1, 12, 14).conv(6, 5, 5, 1, 2).act(A::kSilu).pool(2, 2));
+  add(Network("one plane, PReLU, 2x2 pool, convolution, CELU", 1, 12, 14)
+          .conv(6, 5, 5, 1, 2)
+          .prelu(6, 0.1f)
+          .pool(2, 2)
+          .conv(16, 3, 3)
+          .act(A::kCelu, 0.5f));
+  add(Network("one plane, PReLU, 3x3 pool", 1, 13, 15).conv(10, 3, 3).prelu(10, -0.5f).pool(3, 2));
+  add(Network("5x5 convolutions, Mish, SiLU", 8, 13, 14).conv(20, 5, 5, 1, 2).act(A::kMish).conv(9, 5, 5, 1, 1).act(A::kSilu));
+  add(Network("weights beyond the cache, GELU by tanh", 96, 8, 8).conv(97, 3, 3, 1, 1).act(A::kGeluTanh));
+  add(Network("weights beyond the cache, SiLU, 3x3 pool", 96, 8, 8).conv(97, 3, 3, 1, 1).act(A::kSilu).pool(3, 2));
+  add(Network("channels for two threads, PReLU", 160, 4, 4).conv(161, 3, 3, 1, 1).prelu(161, -0.5f));
+  add(Network("few channels to many, Softplus", 4, 4, 5).conv(1410, 3, 3, 1, 1).act(A::kSoftplus, 1, 20));
+  add(Network("work for two threads, SiLU, 2x2 pool", 32, 20, 20)
+          .conv(48, 3, 3, 1, 1)
+          .act(A::kSilu)
+          .pool(2, 2)
+          .conv(24, 3, 3)
+          .act(A::kGelu));
+  add(Network("chain of linear, GELU, PReLU, Sigmoid", 120)
+          .linear(200)
+          .act(A::kGelu)
+          .linear(33)
+          .prelu(33, -0.5f)
+          .linear(5)
+          .act(A::kSigmoid));
+  add(Network("wide linear for two threads, Softplus, ReLU6", 512).linear(700).act(A::kSoftplus, 2, 10).linear(521).act(A::kRelu6));
+  add(Network("convolution, SiLU, linear, Hardsigmoid", 2, 12, 12)
+          .conv(17, 5, 5)
+          .act(A::kSilu)
+          .linear(40, 17 * 8 * 8)
+          .act(A::kHardsigmoid)
+          .linear(10));
+  add(Network("pool, Tanh, then linear above 1 MiB, GELU", 3, 18, 18)
+          .conv(20, 3, 3)
+          .pool(3, 2)
+          .act(A::kTanh)
+          .linear(280, 20 * 7 * 7)
+          .act(A::kGelu)
+          .linear(5)
+          .act(A::kMish));
+  add(Network("NaN and infinities, SiLU", 3, 9, 9).conv(18, 3, 3, 1, 1).act(A::kSilu).special());
+  add(Network("NaN and infinities, PReLU of 0 under a pool", 3, 10, 10)
+          .conv(18, 3, 3, 1, 1)
+          .act(A::kLeakyRelu, 0)
+          .pool(2, 2)
+          .special());
+  add(Network("NaN and infinities, ELU under a pool, GELU under a pool", 3, 16, 16)
+          .conv(18, 3, 3, 1, 1)
+          .act(A::kElu, 1)
+          .pool(2, 2)
+          .conv(6, 3, 3)
+          .act(A::kGelu)
+          .pool(3, 2, 1)
+          .special());
+  add(Network("NaN and infinities in linear, Softplus, Tanh", 200)
+          .linear(33)
+          .act(A::kSoftplus, 1, 20)
+          .linear(7)
+          .act(A::kTanh)
+          .special());
+  return list;
+}
+
 // `images` images of C planes in the order of their pixels.
 std::vector<float> to_nhwc(const std::vector<float>& src, int64_t images, int64_t channels, int64_t pixels) {
   std::vector<float> dst(src.size());
@@ -150,7 +246,9 @@ void check_kernel_list(const KernelSet& set) {
 // it can do, or "" for none but what the direct kernels do.
 void check_plans(const KernelSet& set, const std::string& forced) {
   Random random(11);
-  for (const Network& network : networks()) {
+  std::vector<Network> all = networks();
+  for (Network& network : networks_with_activations()) all.push_back(std::move(network));
+  for (const Network& network : all) {
     const std::string what = std::string(set.isa) + ", " + network.name() + (forced.empty() ? "" : ", ") + forced;
     const std::vector<float> src = make_input(network, random);
     const std::vector<StepSpec> steps = network.steps();

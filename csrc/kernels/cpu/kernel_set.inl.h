@@ -2,6 +2,7 @@
 // Fills the table of one instruction set from the templates above. Expects kLanes, kIsa and the tile limits as constexpr values in
 // the enclosing namespace. The limits say which tiles keep every accumulator, the weights and a broadcast in registers.
 
+#include "kernels/cpu/activation.inl.h"
 #include "kernels/cpu/fingerprint.inl.h"
 #include "kernels/cpu/gemm_tile.inl.h"
 #include "kernels/cpu/in_place.inl.h"
@@ -77,6 +78,7 @@ static constexpr KernelSet make_kernel_set() {
   add_small_winograd<kMostSmallChannels>(set);
   set.plane_row[0] = plane_row<false>, set.plane_row[1] = plane_row<true>;
   set.pool_row = pool_row;
+  add_activations(set);
   set.transpose = transpose;
   set.fingerprint = fingerprint, set.fingerprint_sample = fingerprint_sample;
   set.fma_probe = fma_probe;

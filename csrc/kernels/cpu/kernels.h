@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/activation.h"
+
 namespace fastseq::cpu {
 
 // Upper limits over all instruction sets, for table dimensions.
@@ -165,6 +167,16 @@ struct PoolRowJob {
 };
 using PoolRow = void (*)(const PoolRowJob& job);
 
+// data[row][lane] = the activation of itself, see activation.inl.h.
+struct ActivationJob {
+  float* data;
+  int64_t rows, row_stride;
+  int64_t lanes;        // of a row, no others are read or written; all the same to these functions, but for slopes
+  float a, b;           // see Activation
+  const float* slopes;  // of PReLU only: one per lane, readable in whole vectors; one for all lanes is kLeakyRelu
+};
+using ActivationLoop = void (*)(const ActivationJob& job);
+
 // dst[i * dst_stride + j] = src[j * src_stride + i] for i < rows_out, j < cols_out.
 // With can_overread, source rows (over i) may be read up to the next multiple of 8 elements.
 using Transpose = void (*)(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t rows_out, int64_t cols_out,
@@ -200,6 +212,7 @@ struct KernelSet {
   WinogradOutput winograd_small_output[2][kMostSmallChannels + 1];  // 3x3 only, by whether it pools
   PlaneRow plane_row[2];                                            // by whether it pools
   PoolRow pool_row;
+  ActivationLoop activation[kActivations];  // by Activation; null for none and for ReLU, which is a clamp wherever lower is
   Transpose transpose;
   Fingerprint fingerprint, fingerprint_sample;
   FmaProbe fma_probe;
