@@ -54,8 +54,7 @@ class Executor {
                          const cpu::WinogradTile& tile, int64_t first_lane, int64_t end_lane) const;
   void plane_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first, int64_t last) const;
   void pool_rows(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const;
-  // The step's activation on what it has just made of a map: columns [0, columns) of some rows, or lanes [first, end) of them. What
-  // lies behind the last channel of a pixel is taken along where the step has written that too.
+  // The step's activation on what it has just stored, each element once: rows of a job, whole rows of a map, rows of planes.
   void activate(const ActivationPass& pass, cpu::ActivationJob job, int64_t first_channel) const;
   void activate_rows(const SpatialStep& step, const Workspace& at, const Map& dst, int64_t row, int64_t rows, int64_t first_lane,
                      int64_t end_lane) const;

@@ -8,8 +8,8 @@
 // nearly a polynomial, as Schonfelder, "Chebyshev Expansions for the Error and Related Functions", 1978; the square is split so
 // that its rounding does not grow with it. Coefficients: minimax fits (Lawson's iteration), relative to the result, each rounded
 // to float32 before the next ones were fitted: 1.4e-8 (exp), 5.3e-9 (log1p), 2.4e-8 (tail).
-// Errors against float64 are stated at each function in units in the last place (tests/kernel_harness/activations.cpp holds them;
-// the first number is with fused multiply-adds, the second without).
+// Errors against float64 are stated in units in the last place, over the whole of float32 (every 9973rd value) unless said
+// otherwise; tests/kernel_harness/activations.cpp holds them. Clamps and slopes are exact or rounded once.
 
 static FASTSEQ_INLINE VecI bits_of(Vec v) { return reinterpret_cast<VecI>(v); }
 static FASTSEQ_INLINE Vec from_bits(VecI v) { return reinterpret_cast<Vec>(v); }
@@ -55,14 +55,14 @@ static FASTSEQ_INLINE Vec join(const Exponential& e) {
 // exp for x up to 88; 0 where it is less than half of the least subnormal.
 static FASTSEQ_INLINE Vec exp_below(Vec x) { return join(exponential(clamp_below(x, splat(-104.0f)), Vec{})); }
 
-// expm1 for x <= 0.
+// expm1 for x <= 0. With the factors of ELU and SELU 1.7 ulp.
 static FASTSEQ_INLINE Vec expm1_negative(Vec x) {
   const Exponential e = exponential(clamp_below(x, splat(-40.0f)), Vec{});
   const Vec scale = power_of_two(e.n);
   return scale * e.fraction + (scale - 1.0f);
 }
 
-// expm1 for all x. Half of it is made first: 2^n may be too large.
+// expm1 for all x. With those of CELU 1.4 ulp. Half of it is made first: 2^n may be too large.
 static FASTSEQ_INLINE Vec expm1_any(Vec x) {
   const Exponential e = exponential(clamp_above(clamp_below(x, splat(-40.0f)), splat(89.0f)), Vec{});
   const Vec half = power_of_two(e.n - 1);
@@ -85,31 +85,34 @@ static FASTSEQ_INLINE Logistic logistic(Vec x) {
   return {select(x < 0.0f, e, splat(1.0f)), e + 1.0f};
 }
 
+// 2.1 ulp.
 static FASTSEQ_INLINE Vec sigmoid(Vec x) {
   const Logistic l = logistic(x);
   return l.above / l.below;
 }
 
-// Subnormal powers of e times x: below -87 the error is up to 2^-143.
+// 2.8 ulp; below -87, where subnormal powers of e are multiplied by x, 2^-143.
 static FASTSEQ_INLINE Vec silu(Vec x) {
   const Logistic l = logistic(x);
   return x * l.above / l.below;
 }
 
-// 0.5 * x * (1 + tanh(u)) = x * sigmoid(2 u). The rounding of u grows with it: relative to the result, by 2^-23 * |2 u|.
+// 0.5 * x * (1 + tanh(u)) = x * sigmoid(2 u). 5.6 ulp for x >= -2. Below, the rounding of u grows with it: 140 ulp at -10, where
+// the result is 1e-37 (and torch's own, having lost all digits by -5.8, is 0).
 static FASTSEQ_INLINE Vec gelu_tanh(Vec x) {
   constexpr float kLinear = 1.59576917f, kCubic = 0.0713548139f;  // 2 sqrt(2 / pi), and times 0.044715
   const Logistic l = logistic(x * (x * x * kCubic + kLinear));
   return x * l.above / l.below;
 }
 
+// 2.5 ulp.
 static FASTSEQ_INLINE Vec tanh(Vec x) {
   const Vec t = expm1_negative(-2.0f * magnitude(x));
   const VecI sign = bits_of(x) & static_cast<int32_t>(0x80000000u);
   return from_bits(bits_of(magnitude(t / (t + 2.0f))) | sign);
 }
 
-// x times the normal distribution of x.
+// x times the normal distribution of x. 4.6 ulp for x >= -2, 7.3 below.
 static FASTSEQ_INLINE Vec gelu(Vec x) {
   constexpr float kTail[] = {0.744416058f,   -0.565561831f,   0.315425813f,     -0.116051421f,   0.0174001697f,
                              0.00648452155f, -0.00315888086f, -0.000476456742f, 0.000408205291f, 9.65148138e-05f};
@@ -122,14 +125,14 @@ static FASTSEQ_INLINE Vec gelu(Vec x) {
   return x * select(x < 0.0f, tail, 1.0f - tail);
 }
 
-// x * tanh(log1p(e)) with e = exp(x): e (e + 2) / (e (e + 2) + 2).
+// x * tanh(log1p(e)) with e = exp(x): e (e + 2) / (e (e + 2) + 2). 3.2 ulp; below -87 as silu.
 static FASTSEQ_INLINE Vec mish(Vec x) {
   const Vec e = exp_below(clamp_above(x, splat(20.0f)));
   const Vec n = e * (e + 2.0f);
   return x * (n / (n + 2.0f));
 }
 
-// log1p(exp(y)) for y up to what torch takes for the last that is not infinite.
+// log1p(exp(y)), infinite from where torch's is: where exp(y) is. With the division by beta 1.9 ulp.
 static FASTSEQ_INLINE Vec softplus(Vec y) {
   constexpr float kLast = 88.7228394f;
   const Vec sum = clamp_below(y, Vec{}) + log1p_unit(exp_below(-magnitude(y)));
