@@ -7,13 +7,12 @@ namespace fastseq {
 enum class Activation {
   kNone,
   kRelu,
-  kRelu6,
   kLeakyRelu,  // a: slope
   kPrelu,      // a slope, or one per channel
   kElu,        // a: alpha
   kSelu,
   kCelu,      // a: alpha
-  kHardtanh,  // a, b: the least and the greatest value
+  kHardtanh,  // a, b: the least and the greatest value; ReLU6 is one
   kHardswish,
   kHardsigmoid,
   kSigmoid,

@@ -19,7 +19,6 @@ bool commutes_with_max_pool(const ActivationSpec& activation) {
   switch (activation.kind) {
     case Activation::kNone:
     case Activation::kRelu:
-    case Activation::kRelu6:
     case Activation::kSelu:
     case Activation::kHardsigmoid:
     case Activation::kSigmoid:

@@ -27,7 +27,6 @@ struct Case {
 constexpr double kSubnormalTail = 0x1p-142;  // where a subnormal power of e is multiplied by x
 
 const Case kCases[] = {
-    {Activation::kRelu6, 0, 0, 0, 0, 0},
     {Activation::kLeakyRelu, 0.01f, 0, 0.5, 0, 0.5},
     {Activation::kLeakyRelu, -0.5f, 0, 0.5, 0, 0.5},
     {Activation::kLeakyRelu, 0, 0, 0, 0, 0},
@@ -125,8 +124,6 @@ double activation_value(Activation kind, double a, double b, double x) {
       return x;
     case Activation::kRelu:
       return x < 0 ? 0 : x;
-    case Activation::kRelu6:
-      return clamp(x, 0, 6);
     case Activation::kLeakyRelu:
     case Activation::kPrelu:
       return x > 0 ? x : x * a;

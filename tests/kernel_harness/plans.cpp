@@ -122,7 +122,11 @@ std::vector<Network> networks_with_activations() {
           .prelu(33, -0.5f)
           .linear(5)
           .act(A::kSigmoid));
-  add(Network("wide linear for two threads, Softplus, ReLU6", 512).linear(700).act(A::kSoftplus, 2, 10).linear(521).act(A::kRelu6));
+  add(Network("wide linear for two threads, Softplus, Hardtanh", 512)
+          .linear(700)
+          .act(A::kSoftplus, 2, 10)
+          .linear(521)
+          .act(A::kHardtanh, 0, 6));
   add(Network("convolution, SiLU, linear, Hardsigmoid", 2, 12, 12)
           .conv(17, 5, 5)
           .act(A::kSilu)

@@ -165,10 +165,6 @@ static FASTSEQ_INLINE void for_rows(const ActivationJob& job, const Function& fu
   }
 }
 
-static void relu6_rows(const ActivationJob& job) {
-  for_rows(job, [](Vec x, int64_t) { return clamp_above(clamp_below(x, Vec{}), splat(6.0f)); });
-}
-
 static void hardtanh_rows(const ActivationJob& job) {
   const Vec least = splat(job.a), greatest = splat(job.b);
   for_rows(job, [&](Vec x, int64_t) { return clamp_above(clamp_below(x, least), greatest); });
@@ -237,7 +233,7 @@ static void mish_rows(const ActivationJob& job) {
 
 static constexpr void add_activations(KernelSet& set) {
   const auto add = [&](Activation kind, ActivationLoop loop) { set.activation[static_cast<int>(kind)] = loop; };
-  add(Activation::kRelu6, relu6_rows), add(Activation::kLeakyRelu, leaky_relu_rows), add(Activation::kPrelu, prelu_rows);
+  add(Activation::kLeakyRelu, leaky_relu_rows), add(Activation::kPrelu, prelu_rows);
   add(Activation::kElu, elu_rows), add(Activation::kSelu, selu_rows), add(Activation::kCelu, celu_rows);
   add(Activation::kHardtanh, hardtanh_rows), add(Activation::kHardswish, hardswish_rows);
   add(Activation::kHardsigmoid, hardsigmoid_rows), add(Activation::kSigmoid, sigmoid_rows), add(Activation::kTanh, tanh_rows);
