@@ -122,7 +122,7 @@ class CudaPlanBuilder {
         current = add_conv(static_cast<int>(i), current, conv.h, conv.w, dst);
       } else {
         dst = placed(dst, current);
-        add_pool(static_cast<int>(i), current, dst, step.pool, /*applies_bias=*/false, /*applies_relu=*/false);
+        add_pool(static_cast<int>(i), current, dst, step.pool, /*applies_bias=*/false, step.has_relu());
         current = dst;
       }
     }
