@@ -35,7 +35,8 @@ SUITES: dict[str, tuple[str, ...]] = {
     "test_patterns.py": ("-k", f"not ({LEFT_TO_EAGER})"),
     "test_sequential.py": (),
     "test_serialization.py": ("-k", "not float_copy_of_a_half_model and not spawned_process"),
-    "test_special_values.py": ("-k", ONE_ISA),
+    # ReLU on CUDA gives +0.0 for -0.0.
+    "test_special_values.py": ("-k", f"{ONE_ISA} and not signed_zeros_through_a_pool"),
     "test_gate.py": ("-k", "not half and not bfloat16 and not another_dtype"),
     "test_conv2d.py": ("-k", f"{ONE_ISA} and not bits_do_not_depend_on_the_format"),
 }
