@@ -87,7 +87,7 @@ def native_calls(model: nn.Sequential) -> int:
     """The number of native calls that one forward of float32 data takes: the runs of the Sequential."""
     runs, data, tail = 0, "", ""
     for layer in model:
-        if type(layer) is nn.ReLU and tail in ("Conv2d", "Linear", "Conv2d MaxPool2d"):
+        if type(layer) is nn.ReLU and tail in ("Conv2d", "Linear", "Conv2d MaxPool2d", "MaxPool2d"):
             tail += " ReLU"
             continue
         if not is_fusable(layer):
@@ -97,7 +97,7 @@ def native_calls(model: nn.Sequential) -> int:
         runs += kind != data
         data = kind
         name = type(layer).__name__
-        tail = f"Conv2d {name}" if name == "MaxPool2d" and tail == "Conv2d" else name
+        tail = f"{tail} {name}" if name == "MaxPool2d" and tail in ("Conv2d", "Conv2d ReLU") else name
     return runs
 
 
