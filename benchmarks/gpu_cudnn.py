@@ -60,37 +60,37 @@ class Cudnn:
         errors = []
         for name in (library,) if library else LIBRARIES:
             try:
-                self.library = ctypes.CDLL(name)
-                self.library.cudnnBackendCreateDescriptor  # noqa: B018
+                self.lib = ctypes.CDLL(name)
+                self.lib.cudnnBackendCreateDescriptor  # noqa: B018
                 break
             except (OSError, AttributeError) as error:
                 errors.append(str(error))
         else:
             raise RuntimeError(f"no libcudnn: {'; '.join(errors)}")
-        self.library.cudnnGetErrorString.restype = ctypes.c_char_p
-        self.library.cudnnGetVersion.restype = ctypes.c_size_t
+        self.lib.cudnnGetErrorString.restype = ctypes.c_char_p
+        self.lib.cudnnGetVersion.restype = ctypes.c_size_t
         self.made: list[int] = []
         self.handle = ctypes.c_void_p()
-        self.check(self.library.cudnnCreate(ctypes.byref(self.handle)), "cudnnCreate")
+        self.check(self.lib.cudnnCreate(ctypes.byref(self.handle)), "cudnnCreate")
         self.tensors = 0
 
     def close(self) -> None:
         for descriptor in reversed(self.made):
-            self.library.cudnnBackendDestroyDescriptor(ctypes.c_void_p(descriptor))
-        self.library.cudnnDestroy(self.handle)
+            self.lib.cudnnBackendDestroyDescriptor(ctypes.c_void_p(descriptor))
+        self.lib.cudnnDestroy(self.handle)
 
     def check(self, status: int, what: str) -> None:
         if status == 0:
             return
-        words = (self.library.cudnnGetErrorString(status) or b"").decode()
+        words = (self.lib.cudnnGetErrorString(status) or b"").decode()
         message = ctypes.create_string_buffer(300)
         with contextlib.suppress(AttributeError):
-            self.library.cudnnGetLastErrorString(message, ctypes.c_size_t(len(message)))
+            self.lib.cudnnGetLastErrorString(message, ctypes.c_size_t(len(message)))
         raise CudnnError(status, f"{what}: {words} {message.value.decode(errors='replace')}".strip())
 
     def create(self, kind: int) -> int:
         descriptor = ctypes.c_void_p()
-        self.check(self.library.cudnnBackendCreateDescriptor(kind, ctypes.byref(descriptor)), f"create {kind}")
+        self.check(self.lib.cudnnBackendCreateDescriptor(kind, ctypes.byref(descriptor)), f"create {kind}")
         assert descriptor.value
         self.made.append(descriptor.value)
         return descriptor.value
@@ -101,11 +101,11 @@ class Cudnn:
         for name, type_, value in attributes:
             values = list(value) if isinstance(value, (list, tuple)) else [value]
             array = (ELEMENTS[type_] * len(values))(*values)
-            status = self.library.cudnnBackendSetAttribute(
+            status = self.lib.cudnnBackendSetAttribute(
                 ctypes.c_void_p(descriptor), name, type_, ctypes.c_int64(len(values)), array
             )
             self.check(status, f"attribute {name} of descriptor {kind}")
-        self.check(self.library.cudnnBackendFinalize(ctypes.c_void_p(descriptor)), f"finalize descriptor {kind}")
+        self.check(self.lib.cudnnBackendFinalize(ctypes.c_void_p(descriptor)), f"finalize descriptor {kind}")
         return descriptor
 
     # Tensors and operations. Numbers: CUDNN_ATTR_*.
@@ -181,7 +181,7 @@ class Cudnn:
     def results(self, heuristic: int) -> list[int]:
         """The engine configurations that a heuristic proposes, best first."""
         count = ctypes.c_int64()
-        get, source = self.library.cudnnBackendGetAttribute, ctypes.c_void_p(heuristic)
+        get, source = self.lib.cudnnBackendGetAttribute, ctypes.c_void_p(heuristic)
         self.check(get(source, 202, DESCRIPTOR, ctypes.c_int64(0), ctypes.byref(count), None), "number of engines")
         if count.value < 1:
             return []
@@ -203,7 +203,7 @@ def probe_pool_fusion(library: str | None = None) -> dict[str, Any]:
     except Exception as error:
         return {"answer": f"not asked: {text_of(error)}"}
     try:
-        found["cudnn"] = int(cudnn.library.cudnnGetVersion())
+        found["cudnn"] = int(cudnn.lib.cudnnGetVersion())
 
         def image(is_virtual: bool, size: int = SIZE) -> int:
             return cudnn.tensor(N, C, size, size, is_virtual)

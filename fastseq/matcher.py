@@ -144,7 +144,7 @@ def flatten(sequential: nn.Module, kinds: tuple[type, ...], prefix: str = "") ->
 
 
 def has_own_forward(layer: Any) -> bool:
-    """Whether the instance or its class was given another forward, or inner forward of a convolution, than torch's."""
+    """Whether the instance or its class was given another forward, or method that the forward calls, than torch's."""
     kind = type(layer)
     if kind not in FORWARDS:
         return False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -126,3 +127,35 @@ def largest_sum(model: nn.Sequential, x: Tensor) -> float:
             value = layer(value)
             largest = max(largest, value.max().item())
     return largest
+
+
+def outcome(call: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """The result without gradients, or the exception as text."""
+    try:
+        with torch.no_grad():
+            return call(x)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def assert_same_outcome(actual: Any, expected: Any) -> None:
+    """Tensors that are close, or the same exception."""
+    __tracebackhide__ = True
+    assert type(actual) is type(expected)
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(actual, expected)
+    else:
+        assert actual == expected
+
+
+def assert_same_bits_however_called(fused: nn.Module, x: Tensor) -> Tensor:
+    """The results of the images of `x` one by one, which other batches, threads and layouts must repeat."""
+    __tracebackhide__ = True
+    with torch.no_grad():
+        alone = torch.cat([fused(image[None]) for image in x])
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for batch in (1, 2, 5, len(x)):
+                assert torch.equal(fused(x[:batch]), alone[:batch]), (threads, batch)
+            assert torch.equal(fused(x.to(memory_format=torch.channels_last)), alone), threads
+    return alone

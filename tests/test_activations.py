@@ -11,12 +11,15 @@ import torch
 from helpers import (
     ISAS,
     WINOGRAD_LARGEST,
+    assert_same_bits_however_called,
+    assert_same_outcome,
     assert_was_fused,
     one_thread,  # noqa: F401
+    outcome,
     run_fused,
     use_kernels,
 )
-from torch import Tensor, nn
+from torch import nn
 
 import fastseq
 from fastseq.patterns.activation import ACTIVATIONS
@@ -101,8 +104,7 @@ def test_numbers(isa: str, name: str, before: str, monkeypatch: pytest.MonkeyPat
             x = torch.randn(batch, *shape).to(memory_format=format)
             with torch.no_grad():
                 actual, expected = fused(x), model(x)
-                # The transforms of a sum that is near nothing round as those of others: a tail falls with it.
-                assert_matches(actual, model, x, factor=5.0, largest_factor=1.5 * WINOGRAD_LARGEST)
+                assert_matches(actual, model, x, largest_factor=WINOGRAD_LARGEST)
                 assert actual.stride() == expected.stride()
     assert_was_fused(fused)
     (segment,) = fastseq.explain(fused).to_dict()["sequentials"][0]["segments"]
@@ -175,14 +177,6 @@ def test_slopes_are_parameters(count: int) -> None:
     assert fastseq.stats(fused)["fused_calls"] == 3
 
 
-def outcome(call: Callable[[Tensor], Tensor], x: Tensor) -> Any:
-    try:
-        with torch.no_grad():
-            return call(x)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
 @pytest.mark.parametrize("slopes", [1, 3, 4])
 @pytest.mark.parametrize("shape", [(9,), (2, 9), (2, 3, 9), (2, 4, 9), (2, 4, 5, 9)])
 def test_prelu_takes_channels_from_dimension_1(slopes: int, shape: tuple[int, ...]) -> None:
@@ -190,18 +184,11 @@ def test_prelu_takes_channels_from_dimension_1(slopes: int, shape: tuple[int, ..
     with torch.no_grad():
         model[1].weight.copy_(torch.linspace(0.1, 0.9, slopes))
     x = torch.randn(shape)
-    expected, actual = outcome(model, x), outcome(fastseq.optimize(model), x)
-    assert type(actual) is type(expected)
-    if isinstance(expected, Tensor):
-        torch.testing.assert_close(actual, expected)
-    else:
-        assert actual == expected
+    assert_same_outcome(outcome(fastseq.optimize(model), x), outcome(model, x))
 
 
-@each_activation
+@pytest.mark.parametrize("name", [name for name in MADE if not name.startswith("PReLU 20")])  # of 20 channels
 def test_strides_are_eagers_where_formats_coincide(name: str) -> None:
-    if "20" in name:
-        pytest.skip("needs 20 channels")
     for c, h, w, pool in ((1, 3, 4, 0), (4, 1, 1, 0), (1, 1, 4, 0), (1, 4, 4, 1), (4, 2, 2, 1), (4, 2, 2, 2)):
         for inplace in (False, True):
             layer = MADE[name]()
@@ -222,14 +209,8 @@ def test_bits_do_not_depend_on_batch_threads_or_layout(name: str) -> None:
         nn.Linear(20 * 9 * 12, 20), MADE[name](),
     ).eval()  # fmt: skip
     fused, x = fastseq.optimize(model), torch.randn(13, 6, 22, 28)
-    with torch.no_grad():
-        alone = torch.cat([fused(image[None]) for image in x])
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for batch in (1, 2, 5, 13):
-                assert torch.equal(fused(x[:batch]), alone[:batch]), (threads, batch)
-            assert torch.equal(fused(x.to(memory_format=torch.channels_last)), alone), threads
-        assert_matches(alone, model, x, largest_factor=WINOGRAD_LARGEST)
+    alone = assert_same_bits_however_called(fused, x)
+    assert_matches(alone, model, x, largest_factor=WINOGRAD_LARGEST)
 
 
 # Functional forms ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import (
     one_thread,  # noqa: F401
+    outcome,
     run_fused,
 )
 from torch import nn
@@ -325,15 +326,6 @@ REFUSED: dict[str, Refused] = {
     "unknown layer": Refused(lambda: [nn.Tanhshrink()], ROWS, "no fused kernel for Tanhshrink"),
 }
 each_refusal = pytest.mark.parametrize("refused", REFUSED.values(), ids=list(REFUSED))
-
-
-def outcome(call: Callable[..., object], x: torch.Tensor) -> object:
-    """The result, or the exception as text."""
-    try:
-        with torch.no_grad():
-            return call(x)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def is_same(a: object, b: object, tolerance: float = 0.0) -> bool:

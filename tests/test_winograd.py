@@ -12,6 +12,7 @@ import torch
 from helpers import (
     ISAS,
     WINOGRAD_LARGEST,
+    assert_same_bits_however_called,
     assert_was_fused,
     kernels_used,
     one_thread,  # noqa: F401
@@ -122,14 +123,7 @@ def test_bits_do_not_depend_on_batch_threads_or_layout(forced: str, shape: tuple
     model = nn.Sequential(*conv(c_in, c_out, k, padding, *POOLS[pool]), *conv(c_out, 32, 3, 1)).eval()
     fused = fastseq.optimize(model)
     x = torch.randn(13, c_in, h, w)
-    with torch.no_grad():
-        alone = torch.cat([fused(image[None]) for image in x])
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for batch in (1, 2, 5, 13):
-                assert torch.equal(fused(x[:batch]), alone[:batch]), (threads, batch)
-            nhwc = x.to(memory_format=torch.channels_last)
-            assert torch.equal(fused(nhwc), alone), threads
+    assert_same_bits_however_called(fused, x)
     assert uses_winograd(fused)
 
 

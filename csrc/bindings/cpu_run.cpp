@@ -131,14 +131,15 @@ struct CpuRun::Layers {
   }
 
   void add_slopes(size_t i, const Parameters& parameters) {
-    const at::Tensor values = parameters.slopes(i);
+    slopes.push_back(parameters.slopes(i));
+    const at::Tensor& values = slopes.back();
     if (values.dim() > 1) throw Refusal("PReLU has a weight of more than one dimension");
     ActivationSpec& activation = sized.specs[i].activation;
     activation.slopes = static_cast<const float*>(values.const_data_ptr());
     activation.slope_count = values.numel();
   }
 
-  std::vector<at::Tensor> weights, biases;
+  std::vector<at::Tensor> weights, biases, slopes;  // another thread may replace the parameters meanwhile
   SizedSteps sized;
 };
 

@@ -1,6 +1,7 @@
 #include "bindings/parameters.h"
 
 #include <algorithm>
+#include <initializer_list>
 
 namespace fastseq {
 namespace {
@@ -59,36 +60,39 @@ Reason adopt(ParameterState& state, PyObject* object, bool is_required, const at
 }  // namespace
 
 Parameters::Parameters(const std::vector<StepSource>& steps, const std::vector<std::shared_ptr<ModuleWatch>>& watches)
-    : steps_(steps), watches_(watches), states_(kSlots * steps.size()), changes_(steps.size(), Change::kNone) {}
+    : steps_(steps), watches_(watches), states_(kSlots * steps.size()), changes_(steps.size(), Change::kNone) {
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const auto add = [&](int watch, size_t first, std::initializer_list<bool> required) {
+      size_t index = 0;
+      for (const bool is_required : required) {
+        if (watch >= 0) slots_.push_back({i, kSlots * i + first + index, index, watch, is_required});
+        ++index;
+      }
+    };
+    add(steps[i].layer, 0, {true, false});                      // weight, bias
+    add(steps[i].norm, kNormSlot, {false, false, true, true});  // the same, running mean and variance
+    add(steps[i].slopes, kSlopeSlot, {true});
+  }
+}
 
 Reason Parameters::check(const at::Tensor& input, bool records_grad, const Fingerprint& fingerprint,
                          std::vector<py::object>& replaced) {
-  // Of which of a step's layers: the one with the weights, its BatchNorm, its PReLU.
-  struct Slot {
-    size_t layer, index;
-    bool is_required;
-  };
-  static constexpr Slot slots[kSlots] = {{0, 0, true}, {0, 1, false}, {1, 0, false}, {1, 1, false},
-                                         {1, 2, true}, {1, 3, true},  {2, 0, true}};
   Reason refused = nullptr;
-  for (size_t i = 0; i < steps_.size(); ++i) {
-    changes_[i] = Change::kNone;
-    const auto found = [&](int watch) { return watch < 0 ? nullptr : watches_[static_cast<size_t>(watch)]->current_parameters(); };
-    PyObject* const* const of[] = {found(steps_[i].layer), found(steps_[i].norm), found(steps_[i].slopes)};
-    for (size_t which = 0; which < kSlots; ++which) {
-      const Slot& slot = slots[which];
-      if (!of[slot.layer]) continue;
-      ParameterState& state = states_[kSlots * i + which];
-      PyObject* const object = of[slot.layer][slot.index];
-      if (!is_fresh(state, object, input, fingerprint)) {
-        ParameterState before = std::move(state);
-        if (Reason reason = adopt(state, object, slot.is_required, input, fingerprint)) refused = reason;
-        changes_[i] = std::max(changes_[i], has_same_layout(before, state) ? Change::kContents : Change::kLayout);
-        if (before.object) replaced.push_back(std::move(before.object));
-      }
-      if (!refused && records_grad && state.tensor && exact_tensor(object)->requires_grad())
-        refused = "gradients are being recorded (a parameter requires grad); use torch.no_grad() or inference_mode()";
+  std::fill(changes_.begin(), changes_.end(), Change::kNone);
+  PyObject* const* objects = nullptr;
+  for (const Slot& slot : slots_) {
+    if (slot.index == 0) objects = watches_[static_cast<size_t>(slot.watch)]->current_parameters();
+    ParameterState& state = states_[slot.state];
+    PyObject* const object = objects[slot.index];
+    if (!is_fresh(state, object, input, fingerprint)) {
+      ParameterState before = std::move(state);
+      if (Reason reason = adopt(state, object, slot.is_required, input, fingerprint)) refused = reason;
+      Change& change = changes_[slot.step];
+      change = std::max(change, has_same_layout(before, state) ? Change::kContents : Change::kLayout);
+      if (before.object) replaced.push_back(std::move(before.object));
     }
+    if (!refused && records_grad && state.tensor && exact_tensor(object)->requires_grad())
+      refused = "gradients are being recorded (a parameter requires grad); use torch.no_grad() or inference_mode()";
   }
   return refused;
 }

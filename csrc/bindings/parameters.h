@@ -60,10 +60,18 @@ class Parameters {
  private:
   static constexpr size_t kNormSlot = 2, kSlopeSlot = 6, kSlots = 7;
 
+  // A tensor that a step reads: where it is kept, and which of the tensors of which watch it is.
+  struct Slot {
+    size_t step, state, index;
+    int watch;
+    bool is_required;
+  };
+
   at::Tensor tensor(size_t slot) const;
 
   const std::vector<StepSource>& steps_;
   const std::vector<std::shared_ptr<ModuleWatch>>& watches_;
+  std::vector<Slot> slots_;
   std::vector<ParameterState> states_;  // kSlots of each step
   std::vector<Change> changes_;
 };

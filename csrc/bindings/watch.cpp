@@ -21,6 +21,9 @@ PyObject* forward_name() {
 // Looks along the bases; borrowed.
 PyObject* type_forward(PyTypeObject* type) { return _PyType_Lookup(type, forward_name()); }
 
+// What eager looks up in the class by name at each call has to be torch's from now on, see refuse_globally.
+void expect_originals_of(PyTypeObject* type);
+
 }  // namespace
 
 ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attributes, const std::vector<std::string>& parameters,
@@ -47,6 +50,7 @@ ModuleWatch::ModuleWatch(py::object module, const std::vector<std::string>& attr
   std::transform(buffers.begin(), buffers.end(), std::back_inserter(buffers_), intern);
   found_parameters_.resize(parameters_.size() + buffers_.size());
   if (!is_owner_) Py_INCREF(module_);
+  expect_originals_of(type_);
 }
 
 ModuleWatch::~ModuleWatch() {
@@ -130,26 +134,23 @@ PyObject* const* ModuleWatch::current_parameters() const {
   static PyObject* const buffers_name = interned("_buffers");
   PyObject* const values = dict_of(module_);
   const bool is_known = values && dict_stamp_.is_of(values);
-  const auto dict_of_name = [&](PyObject* known, PyObject* name) {
-    PyObject* const dict = is_known ? known : values ? find(values, name) : nullptr;
-    return dict && PyDict_Check(dict) ? dict : nullptr;
-  };
-  PyObject* const parameters = dict_of_name(parameters_dict_, parameters_name);
-  PyObject* const buffers = buffers_.empty() ? nullptr : dict_of_name(buffers_dict_, buffers_name);
-  if (parameters && parameters_stamp_.is_of(parameters) && (buffers_.empty() || (buffers && buffers_stamp_.is_of(buffers))))
+  const auto is_same = [](PyObject* dict, const Stamp& stamp) { return dict && stamp.is_of(dict); };
+  if (is_known && is_same(parameters_dict_, parameters_stamp_) && (buffers_.empty() || is_same(buffers_dict_, buffers_stamp_)))
     return found_parameters_.data();
   auto to = found_parameters_.begin();
-  const auto look_up = [&](PyObject* dict, const std::vector<py::object>& names, Stamp& stamp) {
-    to = std::transform(names.begin(), names.end(), to,
-                        [&](const py::object& name) { return dict ? find(dict, name.ptr()) : nullptr; });
+  const auto look_up = [&](PyObject* known, PyObject* name, const std::vector<py::object>& keys, Stamp& stamp) {
+    PyObject* dict = is_known ? known : values ? find(values, name) : nullptr;
+    if (dict && !PyDict_Check(dict)) dict = nullptr;
+    to =
+        std::transform(keys.begin(), keys.end(), to, [&](const py::object& key) { return dict ? find(dict, key.ptr()) : nullptr; });
     if (dict) {
       stamp.remember(dict);
     } else {
       stamp.forget();
     }
   };
-  look_up(parameters, parameters_, parameters_stamp_);
-  look_up(buffers, buffers_, buffers_stamp_);
+  look_up(parameters_dict_, parameters_name, parameters_, parameters_stamp_);
+  look_up(buffers_dict_, buffers_name, buffers_, buffers_stamp_);
   return found_parameters_.data();
 }
 
@@ -202,33 +203,67 @@ int ForwardWatch::traverse(visitproc visit, void* arg) const {
   return 0;
 }
 
-Reason refuse_globally() {
-  if (is_disabled()) return "fastseq.disabled() is active in this thread";
-  struct Globals {
-    std::vector<PyObject*> hooks;
-    Lookups originals;
-    std::vector<Reason> reasons;  // of each lookup
-  };
-  static const Globals* const globals = [] {
-    auto* g = new Globals;
+namespace {
+
+// What concerns all modules, as it was when fastseq was imported: before anybody could replace it behind fastseq's back.
+struct Globals {
+  Globals() {
     const py::module_ module = py::module_::import("torch.nn.modules.module");
     for (const char* name :
          {"_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks"})
-      g->hooks.push_back(py::object(module.attr(name)).release().ptr());
-    // What fastseq found when it was imported, which is before anybody could replace it behind fastseq's back.
-    for (const py::handle entry : py::list(py::module_::import("fastseq.matcher").attr("LOOKED_UP"))) {
-      const auto [owner, name, value] = entry.cast<std::tuple<py::object, std::string, py::object>>();
+      hooks.push_back(py::object(module.attr(name)).release().ptr());
+    for (const py::handle entry : py::list(py::module_::import("fastseq.matcher").attr("LOOKED_UP")))
+      waiting.push_back(entry.cast<Original>());
+    // Functions at once, and the base of all classes: what is called before a layer's own class.
+    expect([](const py::object& owner) { return !is_layer_type(owner); });
+  }
+
+  // Begins to compare the originals of some owners.
+  template <typename Predicate>
+  void expect(const Predicate& is_wanted) {
+    const auto rest = std::stable_partition(waiting.begin(), waiting.end(),
+                                            [&](const Original& original) { return !is_wanted(std::get<0>(original)); });
+    for (auto found = rest; found != waiting.end(); ++found) {
+      const auto& [owner, name, value] = *found;
       const std::string path = py::str(owner.attr("__name__")).cast<std::string>() + "." + name;
       py::object holder = PyType_Check(owner.ptr()) ? owner : py::object(owner.attr("__dict__"));
-      g->originals.add(std::move(holder), py::str(name), value);
-      g->reasons.push_back(lasting(path + " was replaced"));
+      originals.add(std::move(holder), py::str(name), value);
+      reasons.push_back(lasting(path + " was replaced"));
     }
-    return g;
-  }();
-  for (PyObject* hooks : globals->hooks)
+    waiting.erase(rest, waiting.end());
+  }
+
+  static bool is_layer_type(const py::object& owner) {
+    const py::module_ nn = py::module_::import("torch.nn");
+    return PyType_Check(owner.ptr()) && !owner.is(nn.attr("Module")) && !owner.is(nn.attr("Sequential"));
+  }
+
+  using Original = std::tuple<py::object, std::string, py::object>;
+  std::vector<PyObject*> hooks;
+  std::vector<Original> waiting;  // of classes of which no layer is watched: there are many, and each costs every call
+  Lookups originals;
+  std::vector<Reason> reasons;  // of each lookup
+};
+
+Globals& globals() {
+  static Globals* const g = new Globals;
+  return *g;
+}
+
+void expect_originals_of(PyTypeObject* type) {
+  if (globals().waiting.empty()) return;
+  globals().expect([type](const py::object& owner) { return owner.ptr() == reinterpret_cast<PyObject*>(type); });
+}
+
+}  // namespace
+
+Reason refuse_globally() {
+  if (is_disabled()) return "fastseq.disabled() is active in this thread";
+  const Globals& g = globals();
+  for (PyObject* hooks : g.hooks)
     if (PyDict_GET_SIZE(hooks) != 0) return "hooks for all modules are registered";
-  const std::optional<size_t> replaced = globals->originals.changed();
-  return replaced ? globals->reasons[*replaced] : nullptr;
+  const std::optional<size_t> replaced = g.originals.changed();
+  return replaced ? g.reasons[*replaced] : nullptr;
 }
 
 }  // namespace fastseq

@@ -98,7 +98,7 @@ class ForwardWatch {
 };
 
 // Null, or what concerns all modules and so leaves every run to eager: hooks registered for all of them, or another function in
-// the place of one that eager looks up by name (fastseq.matcher.LOOKED_UP).
+// the place of one that eager looks up by name (fastseq.matcher.LOOKED_UP); in classes only of layers that are watched.
 Reason refuse_globally();
 
 }  // namespace fastseq

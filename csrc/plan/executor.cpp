@@ -155,7 +155,7 @@ bool Executor::shares_panels(const SpatialStep& step, int64_t batch, int threads
   const auto time = [&](int64_t rows, int64_t out_vectors) {
     const int64_t across = step.winograd ? step.winograd.tiles_x : step.conv_w;
     const ConvPart part{rows * across, step.src.channels, step.conv.k_h * step.conv.k_w, out_vectors, kernels_.lanes};
-    return step.winograd ? winograd_time(part, step.winograd.has_few_channels) : direct_time(part);
+    return step.winograd ? winograd_time(part, /*has_few_channels=*/false) : direct_time(part);
   };
   const int64_t rows = batch * (step.winograd ? step.winograd.bands : step.conv_h);
   return time(rows, most) < time((rows + threads - 1) / threads, vectors);

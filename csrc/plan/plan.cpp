@@ -174,7 +174,8 @@ class PlanBuilder {
     if (asks_for_tile != asks_for_plane) return asks_for_plane;
     const int64_t plane = round_up(shape.w, 2 * set_.lanes) / set_.lanes * shape.c_out * taps;
     const int64_t tile = shape.w * (round_up(shape.c_out, set_.lanes) / set_.lanes) * taps;
-    // Rows to pixels is about a third of a cycle an element.
+    // Rows to pixels, as if an element were a third of a multiply-add: 1-20 5x5 on 28x28, where both are near, takes 1.12 times as
+    // long by tiles.
     return plane + shape.w * shape.c_out / 3 < tile;
   }
 

@@ -212,23 +212,9 @@ static void softplus_rows(const ActivationJob& job) {
   });
 }
 
-static void sigmoid_rows(const ActivationJob& job) {
-  for_rows(job, [](Vec x, int64_t) { return sigmoid(x); });
-}
-static void tanh_rows(const ActivationJob& job) {
-  for_rows(job, [](Vec x, int64_t) { return tanh(x); });
-}
-static void silu_rows(const ActivationJob& job) {
-  for_rows(job, [](Vec x, int64_t) { return silu(x); });
-}
-static void gelu_rows(const ActivationJob& job) {
-  for_rows(job, [](Vec x, int64_t) { return gelu(x); });
-}
-static void gelu_tanh_rows(const ActivationJob& job) {
-  for_rows(job, [](Vec x, int64_t) { return gelu_tanh(x); });
-}
-static void mish_rows(const ActivationJob& job) {
-  for_rows(job, [](Vec x, int64_t) { return mish(x); });
+template <Vec (*kFunction)(Vec)>
+static void rows_of(const ActivationJob& job) {
+  for_rows(job, [](Vec x, int64_t) { return kFunction(x); });
 }
 
 static constexpr void add_activations(KernelSet& set) {
@@ -236,7 +222,8 @@ static constexpr void add_activations(KernelSet& set) {
   add(Activation::kLeakyRelu, leaky_relu_rows), add(Activation::kPrelu, prelu_rows);
   add(Activation::kElu, elu_rows), add(Activation::kSelu, selu_rows), add(Activation::kCelu, celu_rows);
   add(Activation::kHardtanh, hardtanh_rows), add(Activation::kHardswish, hardswish_rows);
-  add(Activation::kHardsigmoid, hardsigmoid_rows), add(Activation::kSigmoid, sigmoid_rows), add(Activation::kTanh, tanh_rows);
-  add(Activation::kSilu, silu_rows), add(Activation::kGelu, gelu_rows), add(Activation::kGeluTanh, gelu_tanh_rows);
-  add(Activation::kSoftplus, softplus_rows), add(Activation::kMish, mish_rows);
+  add(Activation::kHardsigmoid, hardsigmoid_rows), add(Activation::kSigmoid, rows_of<sigmoid>),
+      add(Activation::kTanh, rows_of<tanh>);
+  add(Activation::kSilu, rows_of<silu>), add(Activation::kGelu, rows_of<gelu>), add(Activation::kGeluTanh, rows_of<gelu_tanh>);
+  add(Activation::kSoftplus, softplus_rows), add(Activation::kMish, rows_of<mish>);
 }
