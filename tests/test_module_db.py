@@ -53,9 +53,9 @@ def fused_layer(x: Any) -> nn.Module:
 
 
 # The Sequentials that a sample is tested in. A "run" is a layer that runs fused and fits its neighbour.
-ALONE, BETWEEN = "sample", "run relu sample run relu"
+ALONE, BETWEEN, BEHIND = "sample", "run relu sample run relu", "run sample"
 OTHERS = ("sample relu pool", "sample pool relu", "run relu sample", "sample relu run")
-FEW, ALL = (ALONE, BETWEEN), (ALONE, BETWEEN, *OTHERS)
+FEW, ALL = (ALONE, BETWEEN, BEHIND), (ALONE, BETWEEN, BEHIND, *OTHERS)
 
 
 def build(case: Case, chain: str, output: Any) -> nn.Sequential:
@@ -75,7 +75,7 @@ def build(case: Case, chain: str, output: Any) -> nn.Sequential:
 
 
 def is_fusable(layer: nn.Module) -> bool:
-    """What README.md says is fused, in one condition per layer type."""
+    """Whether README.md says that a step may begin with the layer, in one condition per type."""
     if type(layer) is nn.Conv2d:
         return layer.padding_mode == "zeros" and layer.groups == 1 and layer.dilation in (1, (1, 1))
     if type(layer) is nn.MaxPool2d:
@@ -127,6 +127,8 @@ DOCUMENTED = (
     "the input is empty",
     "an unbatched input with channels_last weights or Flatten",
     "a non-contiguous input of more than 2 dimensions to linear",
+    "an unbatched input to BatchNorm or PReLU",
+    "an input to Linear and BatchNorm or PReLU that does not have 2 dimensions",
 )
 
 
