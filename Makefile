@@ -5,6 +5,8 @@ TORCH_VERSION ?= 2.13.0
 TORCH ?= torch==$(TORCH_VERSION)
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Processes that run tests, each whole files of them. Of two, one waits less often for a compiler, an emulator or a thread.
+PYTEST_WORKERS ?= 2
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 FUZZ_ARGS ?=
@@ -14,7 +16,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-aarch64 aarch64-tools fuzz bench lint format clean distclean FORCE
+.PHONY: help venv build demo test test-serving test-aarch64 aarch64-tools fuzz bench lint format clean distclean FORCE
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -59,10 +61,11 @@ $(STAMPS)/build: $(STAMPS)/torch $(STAMPS)/build.wanted setup.py $(shell find cs
 	@touch $@
 
 # fastseq editable, with optional dependencies; what was compiled above is used again. Torch is named to stay what it is.
-$(STAMPS)/install: EXTRAS := test,demo
+$(STAMPS)/install: EXTRAS := test,demo,serve
+$(STAMPS)/ray: EXTRAS := ray
 $(STAMPS)/bench: EXTRAS := bench
 $(STAMPS)/dev: EXTRAS := dev
-$(STAMPS)/install $(STAMPS)/bench $(STAMPS)/dev: pyproject.toml | $(STAMPS)/build
+$(STAMPS)/install $(STAMPS)/bench $(STAMPS)/dev $(STAMPS)/ray: pyproject.toml | $(STAMPS)/build
 	$(say) "venv: installing fastseq[$(EXTRAS)] into $(VENV)"
 	@$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]" "$(firstword $(TORCH))"
 	@touch $@
@@ -79,9 +82,9 @@ demo: build ## train on handwritten digits, optimise, compare answers and times
 	@$(PY) examples/digits.py $(DEMO_ARGS)
 
 test: build ## run the tests
-	$(say) "test: pytest -q $(PYTEST_ARGS)"
+	$(say) "test: pytest -q -n $(PYTEST_WORKERS) $(PYTEST_ARGS)"
 	@$(PY) -m fastseq
-	@$(PY) -m pytest -q $(PYTEST_ARGS) && echo "== test: PASSED" || { echo "== test: FAILED" >&2; exit 1; }
+	@$(PY) -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 $(PYTEST_ARGS) && echo "== test: PASSED" || { echo "== test: FAILED" >&2; exit 1; }
 
 # The test itself is part of `make test`, where it is skipped without these tools.
 aarch64-tools:
@@ -91,6 +94,10 @@ aarch64-tools:
 test-aarch64: aarch64-tools build ## run the kernels' tests on an emulated aarch64 CPU
 	$(say) "test-aarch64: pytest -q tests/test_kernel_harness.py -k aarch64"
 	@$(PY) -m pytest -q tests/test_kernel_harness.py -k aarch64
+
+test-serving: build $(STAMPS)/ray ## the servers' tests, Ray Serve's among them
+	$(say) "test-serving: pytest -q tests/test_serving*.py"
+	@$(PY) -m pytest -q tests/test_serving*.py
 
 fuzz: build ## compare random models, plain and optimised (FUZZ_ARGS="--cases 20000 --jobs 2")
 	$(say) "fuzz: python -m tests.fuzz $(FUZZ_ARGS)"

@@ -64,6 +64,8 @@ def native() -> dict[str, Any]:
         say("For the native kernels install torch first, then: pip install --no-build-isolation --no-deps .")
         return {}
 
+    # For torch's part of the build, as csrc/build_cuda.py does.
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
     debug = ENV["debug"]()
     cuda, why_no_cuda = plan_cuda(debug, torch.version.cuda)
     kind = "debug" if debug else "release"

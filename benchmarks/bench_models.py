@@ -1,6 +1,7 @@
 """Whole networks on fastseq and its peers: checks every answer against float64, then times all engines interleaved.
 
     python benchmarks/bench_models.py --threads 1 --cases seed1 seed2 --json rows.json --markdown table.md
+    python benchmarks/bench_models.py --threads 1 --steps --json rows.json --markdown table.md
 
 README.md beside this file says how to install the peers and how to read the rows.
 """
@@ -14,41 +15,44 @@ import sys
 from pathlib import Path
 
 import torch
+from cases import CASES, STEPS
 from limits import Limits
-from peers import PEERS
+from peers import DTYPES, PEERS
 from report import Report, Row, count, describe_machine, save, to_markdown
 from workers import Measurement, Worker, WorkerError, measure
 
-from fastseq.testing import MODELS, Reference
+from fastseq.testing import MODELS, Reference, relative_error
 
-CASES = [name for name in MODELS if name != "seed1_named"]  # which differs from seed1 in names only
+NETWORKS = [name for name in MODELS if name != "seed1_named"]  # which differs from seed1 in names only
+NO_LIMIT: Row = {"limit_us": None, "limited_by": None}
 QUICK = {"cases": ["seed1", "seed2", "seed3", "lenet5", "mlp"], "rounds": 7, "min_time": 0.005}
 
 
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    report: Report = {"machine": describe_machine(), "ceilings": [], "skipped": {}, "rows": []}
+    dtype = arguments.dtype
+    report: Report = {"machine": describe_machine(), "dtype": dtype, "ceilings": [], "skipped": {}, "rows": []}
     backends = []
-    for name in arguments.backends:
-        reason = PEERS[name].missing()
+    for name in arguments.backends or [name for name, peer in PEERS.items() if dtype in peer.prepare]:
+        reason = PEERS[name].missing(dtype)
         if reason:
             report["skipped"][name] = reason
             progress(f"skipping {name}: {reason}", last=True)
         else:
             backends.append(name)
 
-    todo = [(case, batch) for case in arguments.cases for batch in arguments.batches or MODELS[case].batches]
+    todo = [(case, batch) for case in arguments.cases for batch in arguments.batches or CASES[case].batches]
     references: dict[tuple[str, int], Reference] = {}
     for threads in arguments.threads:
         cores = choose_cores(threads, arguments.pin)
-        workers = {name: Worker(name, threads, cores) for name in backends}
+        workers = {name: Worker(name, threads, cores, dtype) for name in backends}
         ceiling = {"threads": threads, "cores": sorted(cores), **measure_ceiling(threads, cores)}
         report["ceilings"].append(ceiling)
         for number, (case, batch) in enumerate(todo, 1):
             progress(f"[{count(threads, 'thread')}, {number}/{len(todo)}] {case}, batch {batch}")
             if (case, batch) not in references:
-                references[case, batch] = Reference.of(MODELS[case].build(), MODELS[case].example(batch))
+                references[case, batch] = Reference.of(CASES[case].build(), CASES[case].example(batch))
             reference = references[case, batch]
             results = measure(
                 workers, case, batch, reference.exact, arguments.rounds, arguments.min_time, arguments.budget
@@ -58,8 +62,9 @@ def main() -> None:
                 "batch": batch,
                 "threads": threads,
                 "cores": sorted(cores),
-                "eager_err_rel_max": reference.errors(reference.eager)["rel_max"],
-                **describe_limit(case, batch, ceiling),
+                "eager_err_rel_max": eager_error(case, batch, dtype, reference),
+                # The limits are those of float32.
+                **(describe_limit(case, batch, ceiling) if dtype == "float32" else NO_LIMIT),
             }
             for name, result in results.items():
                 report["rows"].append({**common, **describe_result(workers[name], result, common), **report["machine"]})
@@ -76,9 +81,11 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     all_threads = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--steps", action="store_true", help="single steps instead of networks")
     parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="instead of each case's own")
-    parser.add_argument("--backends", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="NAME")
+    parser.add_argument("--backends", nargs="+", choices=list(PEERS), metavar="NAME", help="instead of all")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what the engines compute in")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, all_threads}), metavar="N")
     parser.add_argument("--rounds", type=int, help="blocks per engine and case (25)")
     parser.add_argument("--min-time", type=float, help="seconds of calls per block (0.01)")
@@ -88,7 +95,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--quick", action="store_true", help="small networks and few rounds")
     arguments = parser.parse_args()
-    defaults = QUICK if arguments.quick else {"cases": CASES, "rounds": 25, "min_time": 0.01}
+    defaults = (
+        QUICK
+        if arguments.quick
+        else {"cases": list(STEPS) if arguments.steps else NETWORKS, "rounds": 25, "min_time": 0.01}
+    )
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -109,10 +120,19 @@ def measure_ceiling(threads: int, cores: set[int]) -> Row:
         worker.close()
 
 
+def eager_error(case: str, batch: int, dtype: str, reference: Reference) -> float:
+    eager = reference.eager
+    if dtype != "float32":
+        to = getattr(torch, dtype)
+        with torch.no_grad():
+            eager = CASES[case].build().to(to)(CASES[case].example(batch).to(to))
+    return relative_error(eager, reference.exact)["rel_max"]
+
+
 def describe_limit(case: str, batch: int, ceiling: Row) -> Row:
     """The time that the machine's limits allow for this case, and which of them."""
     limits = Limits.from_dict(ceiling)
-    floor = limits.floor(MODELS[case].layer_costs, batch) if limits else None
+    floor = limits.floor(CASES[case].layer_costs, batch) if limits else None
     return {"limit_us": floor[0] * 1e6 if floor else None, "limited_by": floor[1] if floor else None}
 
 
@@ -141,7 +161,7 @@ def describe_result(worker: Worker, result: Measurement, common: Row) -> Row:
     }
     if result.samples and result.problem is None:
         p20, median, p80 = percentiles(result.samples)
-        flops = MODELS[common["case"]].flops_per_image * common["batch"]
+        flops = CASES[common["case"]].flops_per_image * common["batch"]
         row.update(median_us=median * 1e6, p20_us=p20 * 1e6, p80_us=p80 * 1e6, gflops=flops / median / 1e9)
         row["cores_used"] = statistics.median(result.cores_used)
         row["of_limit"] = common["limit_us"] / row["median_us"] if common["limit_us"] else None

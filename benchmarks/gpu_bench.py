@@ -41,14 +41,16 @@ METRICS = ("host", "back_to_back", "latency", "graph")
 # The cases -----------------------------------------------------------------------------------------------------------
 
 
-def mlp(width: int, layers: int) -> Callable[[], nn.Module]:
-    """Linear and ReLU, `layers` times."""
-    return lambda: nn.Sequential(*(layer for _ in range(layers) for layer in (nn.Linear(width, width), nn.ReLU())))
+def mlp(width: int, layers: int, activation: type[nn.Module] = nn.ReLU) -> Callable[[], nn.Module]:
+    """Linear and an activation, `layers` times."""
+    return lambda: nn.Sequential(*(layer for _ in range(layers) for layer in (nn.Linear(width, width), activation())))
 
 
 NETWORKS: dict[str, ModelCase] = {
     **{name: MODELS[name] for name in ("seed1", "seed2", "seed3", "lenet5", "alexnet", "vgg16")},
     **{f"mlp{w}": ModelCase(f"mlp{w}", mlp(w, 5), (w,), (4096, 65536)) for w in (64, 128, 256, 512)},
+    "cifar_vgg_bn": MODELS["cifar_vgg_bn"],
+    "mlp256_gelu": ModelCase("mlp256_gelu", mlp(256, 5, nn.GELU), (256,), (1, 4096)),
     "mlp1024": ModelCase("mlp1024", mlp(1024, 4), (1024,), (1, 256, 4096)),
     "mlp4096": ModelCase("mlp4096", mlp(4096, 3), (4096,), (1, 16, 1024)),
 }
@@ -74,12 +76,12 @@ def cases(is_quick: bool = False) -> list[Case]:
     seeds = ("seed2", "seed1", "seed3", "lenet5")
     first = [(name, batch) for batch in (1, 32) for name in seeds]
     first += [(f"mlp{width}", 4096) for width in (64, 128, 256)]
-    first += [("mlp4096", 1), ("alexnet", 32), ("vgg16", 32)]
+    first += [("mlp4096", 1), ("alexnet", 32), ("vgg16", 32), ("cifar_vgg_bn", 32), ("mlp256_gelu", 4096)]
     second = [(name, 256) for name in seeds] + [(f"mlp{width}", 65536) for width in (64, 128, 256)]
     second += [("mlp4096", 1024), ("alexnet", 1), ("vgg16", 1), ("mlp512", 4096), ("mlp512", 65536)]
     rest = [(name, batch) for batch in (8, 128) for name in seeds]
     rest += [(f"mlp{width}", batch) for batch in (1, 256) for width in (64, 256, 1024)]
-    rest += [("mlp4096", 16), ("mlp1024", 4096)]
+    rest += [("mlp4096", 16), ("mlp1024", 4096), ("cifar_vgg_bn", 1), ("mlp256_gelu", 1)]
     if is_quick:
         return [Case(name, batch, "float32") for name, batch in [("seed2", 1), ("lenet5", 1), ("mlp64", 4096)]]
     table = [(first, "float32"), (second, "float32"), (first, "bfloat16"), (second, "bfloat16")]

@@ -13,7 +13,7 @@ import torch
 from gpu_device import Device
 from gpu_jobs import LOST_DEVICE, RESTART, Reporter, text_of
 from gpu_kernels import kernel_tasks
-from gpu_models import NETS, layouts, poisoned, special_values, zoo_tasks
+from gpu_models import NETS, activations, layouts, poisoned, special_values, zoo_tasks
 from gpu_streams import (
     current_device,
     first_call_in_capture,
@@ -37,6 +37,7 @@ def tasks_of(device: Device, is_small: bool) -> list[Task]:
         *(Task(f"first call of a process in a capture, {name}", first_call_in_capture(name), True) for name in NETS),
         Task("graph replay, changed inputs and weights", graph_replay),
         Task("special values", special_values),
+        Task("activations", activations),
         Task("layouts and strides", layouts),
         Task("poisoned memory", poisoned),
         Task("live weights", live_weights),

@@ -39,10 +39,83 @@ def library_net() -> nn.Sequential:
 
 
 LIBRARY_INPUT = (3, 24, 24)
+
+
+def norm_net() -> nn.Sequential:
+    """BatchNorm and activations behind every kind of kernel of ours, and behind a convolution for cuDNN at 8 images."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 128, 3, padding=1), nn.BatchNorm2d(128), nn.SiLU(), nn.Conv2d(128, 24, 3, padding=1)),
+        *(nn.BatchNorm2d(24), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(24, 20, 3, bias=False), nn.BatchNorm2d(20)),
+        *(
+            nn.MaxPool2d(3, 2),
+            nn.PReLU(20),
+            nn.Conv2d(20, 12, 3, padding=1),
+            nn.ReLU(),
+            nn.BatchNorm2d(12),
+            nn.Flatten(),
+        ),
+        *(nn.Linear(12 * 4 * 4, 300), nn.BatchNorm1d(300), nn.GELU(), nn.Linear(300, 40), nn.Tanh(), nn.Linear(40, 10)),
+    )
+
+
 NETS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
     "small net": (small_net, SMALL_INPUT),
     "net with library calls": (library_net, LIBRARY_INPUT),
+    "net with norms and activations": (norm_net, LIBRARY_INPUT),
 }
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    **{kind.__name__: kind for kind in (nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.Hardtanh, nn.ReLU6)},
+    **{kind.__name__: kind for kind in (nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.SiLU, nn.GELU)},
+    **{kind.__name__: kind for kind in (nn.Softplus, nn.Mish)},
+    "GELU by tanh": lambda: nn.GELU(approximate="tanh"),
+}
+
+
+def activations(check: Check) -> None:
+    """Each behind each kind of kernel and pool, and of odd values: the functions are the GPU's own here."""
+    for mode in map(MODES.__getitem__, ("f32",) if check.is_small else ("f32", "f16", "bf16")):
+        for name, make in ACTIVATIONS.items():
+            for place, layers, size in (
+                ("convolution", [nn.Conv2d(3, 9, 3), make()], (3, 10, 10)),
+                ("convolution, pool behind it", [nn.Conv2d(16, 9, 3), make(), nn.MaxPool2d(2)], (16, 10, 9)),
+                ("convolution, pool in front", [nn.Conv2d(3, 9, 3), nn.MaxPool2d(3, 2), make()], (3, 12, 10)),
+                (
+                    "norm, overlapping pool",
+                    [nn.Conv2d(8, 9, 3), nn.BatchNorm2d(9), make(), nn.MaxPool2d(3, 2)],
+                    (8, 9, 9),
+                ),
+                ("tiny_mlp", [nn.Linear(33, 20), make(), nn.Linear(20, 7), nn.BatchNorm1d(7), make()], (33,)),
+                ("skinny_linear", [nn.Linear(520, 300), make()], (520,)),
+                ("cuBLAS", [nn.Linear(512, 520), make()], (512,)),
+            ):
+                model = check.model(layers, mode)
+                x = check.random(33 if place == "cuBLAS" else 9, *size, mode=mode)
+                check.run(model, x, mode, f"{mode.name}, {name}, {place}")
+                if check.is_small:
+                    break
+            eye = check.model([nn.Linear(1, 5, bias=False), make()], mode)
+            with torch.no_grad():
+                eye[0].weight.fill_(1.0)
+            odd = [
+                0.0,
+                -0.0,
+                math.inf,
+                -math.inf,
+                math.nan,
+                6e4,
+                -6e4,
+                88.5,
+                -88.5,
+                20.5,
+                -20.5,
+                -5.5,
+                -3.0,
+                3.0,
+                6.0,
+                1e-4,
+            ]
+            x = torch.tensor(odd)[:, None].to(mode.dtype).to(check.device.device)
+            check.run(eye, x, mode, f"{mode.name}, {name}, odd values")
 
 
 def layouts(check: Check) -> None:
@@ -89,7 +162,9 @@ def special_values(check: Check) -> None:
             ("vector", [nn.Conv2d(16, 9, 3), nn.ReLU()], (16, 7, 7)),
             ("overlapping pool", [nn.Conv2d(8, 8, 3), nn.MaxPool2d(3, 2), nn.ReLU()], (8, 12, 12)),
             ("two convolutions", [nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Conv2d(5, 6, 3)], (1, 9, 9)),
+            ("norm, pool", [nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2)], (3, 10, 10)),
             ("tiny_mlp", [nn.Linear(33, 20), nn.ReLU(), nn.Linear(20, 7), nn.ReLU()], (33,)),
+            ("tiny_mlp, norm", [nn.Linear(33, 20), nn.BatchNorm1d(20), nn.GELU(), nn.Linear(20, 7)], (33,)),
             ("skinny_linear", [nn.Linear(520, 300), nn.ReLU()], (520,)),
             ("deep", [nn.Conv2d(128, 16, 3), nn.ReLU(), nn.MaxPool2d(2)], (128, 27, 27)),
         ):
@@ -143,6 +218,7 @@ def zoo_tasks(is_small: bool, is_stand_in: bool) -> Iterator[Task]:
     names["lenet5"] = (1, 9, 257)
     if not is_small and not is_stand_in:
         names |= {"mlp": (1, 37, 1500), "cifar_vgg": (1, 5, 32), "alexnet": (1, 9), "vgg11": (1, 3)}
+        names["cifar_vgg_bn"] = (1, 5, 32)
     for name, batches in names.items():
         for mode in ("default",) if is_small else MODEL_MODES:
             yield zoo_task(name, MODES[mode], batches[:2] if is_stand_in else batches)

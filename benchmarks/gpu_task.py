@@ -54,6 +54,10 @@ class Check:
                     module.weight.copy_(torch.randn(module.weight.shape, generator=self.generator) * scale)
                     if module.bias is not None:
                         module.bias.copy_(torch.randn(module.bias.shape, generator=self.generator) * 0.3)
+                elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                    for tensor, middle in ((module.running_mean, 0.0), (module.weight, 1.0), (module.bias, 0.0)):
+                        tensor.copy_(torch.randn(tensor.shape, generator=self.generator) * 0.3 + middle)
+                    module.running_var.copy_(torch.rand(module.running_var.shape, generator=self.generator) * 2 + 0.5)
         return model.to(mode.dtype).to(self.device.device).eval()
 
     def fault(self, problem: str) -> None:

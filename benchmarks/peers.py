@@ -2,10 +2,12 @@
 
 An engine is added in a few lines: a function that prepares `model` for inputs like `x` on `threads` threads and returns
 a call without arguments, which does one inference the way a user of that engine writes it, and a row in the table.
+Model and input are float32; engines of torch's take both in the type that is measured, others convert by an option.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import io
@@ -13,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +24,23 @@ import torch
 from torch import Tensor, nn
 
 Call = Callable[[], Any]
+Prepare = Callable[[nn.Module, Tensor, int], Call]
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An engine: `prepare(model, x, threads)` returns the call that is timed; `packages` is what it needs."""
+    """An engine: `prepare[dtype](model, x, threads)` returns the call that is timed; `packages` is what it needs."""
 
     name: str
-    prepare: Callable[[nn.Module, Tensor, int], Call]
+    prepare: dict[str, Prepare]
     packages: tuple[str, ...] = ("torch",)
     environment: dict[str, str] = field(default_factory=dict)
 
-    def missing(self) -> str | None:
+    def missing(self, dtype: str = "float32") -> str | None:
         """Why this engine cannot run here, or None."""
+        if dtype not in self.prepare:
+            return f"no {dtype}"
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 return f"the package {package} is not installed"
@@ -91,11 +98,11 @@ def onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Call:
     return lambda: session.run(None, inputs)[0]
 
 
-def openvino(model: nn.Module, x: Tensor, threads: int) -> Call:
+def openvino(model: nn.Module, x: Tensor, threads: int, precision: str = "f32") -> Call:
     import openvino as ov
 
     options = {
-        "INFERENCE_PRECISION_HINT": "f32",  # without it OpenVINO picks bf16 where the CPU has it, and says nothing
+        "INFERENCE_PRECISION_HINT": precision,  # without it OpenVINO picks bf16 where the CPU has it, and says nothing
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
     }
@@ -105,7 +112,7 @@ def openvino(model: nn.Module, x: Tensor, threads: int) -> Call:
     return lambda: compiled(inputs)[0]
 
 
-def ncnn(model: nn.Module, x: Tensor, threads: int) -> Call:
+def ncnn(model: nn.Module, x: Tensor, threads: int, in_bfloat16: bool = False) -> Call:
     """ncnn takes one image at a time, so a batch of images is a loop; a batch of vectors is one matrix."""
     import ncnn as ncnn_package
 
@@ -113,6 +120,7 @@ def ncnn(model: nn.Module, x: Tensor, threads: int) -> Call:
     net = ncnn_package.Net()
     net.opt.num_threads = threads
     net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    net.opt.use_bf16_storage = in_bfloat16
     with tempfile.TemporaryDirectory() as folder:
         param, weights = _convert_to_ncnn(model, x[:1] if is_image else x, Path(folder))
         if net.load_param(str(param)) or net.load_model(str(weights)):
@@ -151,17 +159,26 @@ def _convert_to_ncnn(model: nn.Module, x: Tensor, folder: Path) -> tuple[Path, P
     return param, weights
 
 
-def fastseq(model: nn.Module, x: Tensor, threads: int) -> Call:
+def fastseq(model: nn.Module, x: Tensor, threads: int, compute_dtype: torch.dtype | None = None) -> Call:
     import fastseq as fastseq_package
 
     if not fastseq_package.native_available():
         raise RuntimeError(f"the native extension is not available: {fastseq_package.native_error()}")
-    fast = fastseq_package.optimize(model)
+    fast = fastseq_package.optimize(model, compute_dtype=compute_dtype)
     fast(x)
     stats = fastseq_package.stats(fast)
     if not stats["fused_calls"]:  # its time would be eager's under another name
         raise RuntimeError(f"nothing ran fused: {stats['fallbacks']}")
     return lambda: fast(x)
+
+
+def every_dtype(prepare: Prepare) -> dict[str, Prepare]:
+    """An engine that takes model and input in the type that is measured."""
+
+    def cast(model: nn.Module, x: Tensor, threads: int) -> Call:
+        return prepare(copy.deepcopy(model).bfloat16(), x.bfloat16(), threads)
+
+    return {"float32": prepare, "bfloat16": cast}
 
 
 # One compiler process: Inductor otherwise keeps a pool of them beside each worker.
@@ -170,15 +187,23 @@ _INDUCTOR = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("eager", eager),
-        Peer("eager_channels_last", eager_channels_last),
-        Peer("compile", compile_default, environment=_INDUCTOR),
-        Peer("compile_max", compile_max, environment=_INDUCTOR),
-        Peer("jit_ofi", jit_ofi),
-        Peer("onnxruntime", onnxruntime, packages=("onnxruntime", "onnx")),
-        Peer("openvino", openvino, packages=("openvino",)),
-        Peer("ncnn", ncnn, packages=("ncnn", "pnnx")),
-        Peer("fastseq", fastseq, packages=("fastseq",)),
+        Peer("eager", every_dtype(eager)),
+        Peer("eager_channels_last", every_dtype(eager_channels_last)),
+        Peer("compile", every_dtype(compile_default), environment=_INDUCTOR),
+        Peer("compile_max", every_dtype(compile_max), environment=_INDUCTOR),
+        Peer("jit_ofi", every_dtype(jit_ofi)),
+        Peer("onnxruntime", {"float32": onnxruntime}, packages=("onnxruntime", "onnx")),
+        Peer(
+            "openvino", {"float32": openvino, "bfloat16": partial(openvino, precision="bf16")}, packages=("openvino",)
+        ),
+        Peer("ncnn", {"float32": ncnn, "bfloat16": partial(ncnn, in_bfloat16=True)}, packages=("ncnn", "pnnx")),
+        Peer("fastseq", every_dtype(fastseq), packages=("fastseq",)),
+        # A float32 model that may lose digits: to OpenVINO what `fastseq` is to eager.
+        Peer(
+            "fastseq_compute_dtype",
+            {"bfloat16": partial(fastseq, compute_dtype=torch.bfloat16)},
+            packages=("fastseq",),
+        ),
     )
 }
 

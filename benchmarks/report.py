@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import CASES
 
 from fastseq.__main__ import cpu_model
-from fastseq.testing import MODELS
 
+OWN = ("fastseq", "fastseq_compute_dtype")
 QUIET_SHARE = 0.97  # of a core, in the median block of an engine with one thread
 
 Row = dict[str, Any]
@@ -75,6 +76,9 @@ def merge(reports: list[Report]) -> Report:
     machines = sorted({(report["machine"]["cpu"], report["machine"]["torch_version"]) for report in reports})
     if len(machines) > 1:
         raise ValueError(f"the files are from different machines or versions of torch: {machines}")
+    dtypes = sorted({dtype_of(report) for report in reports})
+    if len(dtypes) > 1:
+        raise ValueError(f"the files are of different types: {', '.join(dtypes)}")
     rows: dict[tuple[Any, ...], Row] = {}
     ceilings, skipped, commands = [], {}, []
     for report in reports:
@@ -90,10 +94,15 @@ def merge(reports: list[Report]) -> Report:
     machine["commit"] = ", ".join(dict.fromkeys(report["machine"]["commit"] for report in reports))
     return {
         "machine": machine,
+        "dtype": dtypes[0],
         "ceilings": ceilings,
         "skipped": {name: reason for name, reason in skipped.items() if name not in measured},
         "rows": list(rows.values()),
     }
+
+
+def dtype_of(report: Report) -> str:
+    return report.get("dtype", "float32")
 
 
 def describe_machine() -> Row:
@@ -142,7 +151,7 @@ def to_markdown(report: Report) -> str:
         *(f"`{line}`  " for line in machine["command"].splitlines()),
         "",
         f"{machine['cpu']}, {machine['isa']}, torch {machine['torch_version']}, commit {machine['commit']}, "
-        f"{machine['date']}. Median time of one call in microseconds; best of each line in bold.",
+        f"{machine['date']}. {dtype_of(report)}. Median time of one call in microseconds; best of each line in bold.",
     ]
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     for threads in dict.fromkeys(ceiling["threads"] for ceiling in report["ceilings"]):
@@ -204,12 +213,12 @@ def summary_table(rows: list[Row], threads: int) -> list[str]:
     for case, batch in dict.fromkeys((row["case"], row["batch"]) for row in rows):
         by_name = {row["backend"]: row for row in rows if (row["case"], row["batch"]) == (case, batch)}
         own, eager = by_name.get("fastseq"), by_name.get("eager")
-        peers = [row for name, row in by_name.items() if name != "fastseq"]
+        peers = [row for name, row in by_name.items() if name not in OWN]
         if own is None or eager is None:
             continue
         best = min(peers, key=lambda row: row["median_us"])
         cells = [
-            MODELS[case].title,
+            CASES[case].title or case,
             str(batch),
             format_us(eager["median_us"]),
             f"{format_us(best['median_us'])} ({best['backend']})",
@@ -263,7 +272,7 @@ def timing_table(rows: list[Row], backends: list[str]) -> list[str]:
                 text = format_us(medians[name])
             cells.append(f"**{text}**" if name in medians and medians[name] == best else text)
         if has_fastseq:
-            peers = [median for name, median in medians.items() if name != "fastseq"]
+            peers = [median for name, median in medians.items() if name not in OWN]
             own = medians.get("fastseq")
             of_limit = by_name["fastseq"].get("of_limit") if own else None
             cells.append(f"{by_name['fastseq']['gflops']:.1f}" if own else "")

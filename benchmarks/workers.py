@@ -19,18 +19,19 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from cases import CASES
 from limits import measure_fma, measure_limits
 from peers import PEERS, Call, Peer, as_tensor
 from torch import Tensor, nn
 
-from fastseq.testing import MODELS, relative_error
+from fastseq.testing import relative_error
 
 LONGEST_SPIN_SECONDS = 0.5
 REPLY_TIMEOUT_SECONDS = 1800  # max-autotune of a large network compiles and tries for minutes
 FEWEST_ROUNDS = 5
 
-# Far above what fp32 gives in any summation order or with Winograd, far below what bf16, fp16 or a wrong layout gives.
-WRONG_ABOVE = 1e-4
+# Far above what the type gives in any summation order or with Winograd, far below what fewer bits give.
+WRONG_ABOVE = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 class WorkerError(Exception):
@@ -40,9 +41,10 @@ class WorkerError(Exception):
 class _Session:
     """The child's side: the engine, and the call that it is to time next."""
 
-    def __init__(self, peer: Peer, threads: int) -> None:
+    def __init__(self, peer: Peer, threads: int, dtype: str) -> None:
         self.peer = peer
         self.threads = threads
+        self.dtype = dtype
         self.built: tuple[str, nn.Module] | None = None
         self.call: Call | None = None
 
@@ -51,7 +53,7 @@ class _Session:
 
     def prepare(self, case_name: str, batch: int, exact: Tensor, block_seconds: float) -> dict[str, float]:
         """Makes the call, checks its result, and finds how many calls fill a block."""
-        case = MODELS[case_name]
+        case = CASES[case_name]
         if self.built is None or self.built[0] != case_name:
             self.built = (case_name, case.build())
         x = case.example(batch)
@@ -59,7 +61,7 @@ class _Session:
             __import__(package)
         start = time.perf_counter()
         with torch.no_grad():
-            self.call = self.peer.prepare(self.built[1], x, self.threads)
+            self.call = self.peer.prepare[self.dtype](self.built[1], x, self.threads)
         with torch.inference_mode():
             output = self.call()
             first_result = time.perf_counter() - start
@@ -122,9 +124,9 @@ def _best_of(repeats: int, function: Callable[[], Any]) -> float:
     return best
 
 
-def _serve(connection: Connection, peer_name: str, threads: int) -> None:
+def _serve(connection: Connection, peer_name: str, threads: int, dtype: str) -> None:
     torch.set_num_threads(threads)
-    session = _Session(PEERS[peer_name], threads)
+    session = _Session(PEERS[peer_name], threads, dtype)
     while True:
         try:
             method, arguments = connection.recv()
@@ -140,10 +142,11 @@ def _serve(connection: Connection, peer_name: str, threads: int) -> None:
 class Worker:
     """The parent's side of one process; a process that died is started again when it is next needed."""
 
-    def __init__(self, peer_name: str, threads: int, cores: set[int]) -> None:
+    def __init__(self, peer_name: str, threads: int, cores: set[int], dtype: str = "float32") -> None:
         self.peer_name = peer_name
         self.threads = threads
         self.cores = cores
+        self.dtype = dtype
         self._process: Any = None
         self._connection: Any = None
 
@@ -193,9 +196,8 @@ class Worker:
         # Affinity and environment are inherited: every library reads them when it is loaded, none can be told later.
         context = multiprocessing.get_context("spawn")
         self._connection, child_end = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(child_end, self.peer_name, self.threads), name=self.peer_name, daemon=True
-        )
+        arguments = child_end, self.peer_name, self.threads, self.dtype
+        self._process = context.Process(target=_serve, args=arguments, name=self.peer_name, daemon=True)
         environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONWARNINGS": "ignore"}
         with _inherited({**environment, **PEERS[self.peer_name].environment}, self.cores):
             self._process.start()
@@ -248,7 +250,7 @@ def measure(
             continue
         worker.wait_until_idle()
         result.error, result.first_result_s = info["error"], info["first_result_s"]
-        if info["error"] <= WRONG_ABOVE:  # a NaN is not
+        if info["error"] <= WRONG_ABOVE[worker.dtype]:  # a NaN is not
             calls[name] = info["calls"]
         else:
             result.problem = f"wrong: error {info['error']:.2g} of the output's scale"

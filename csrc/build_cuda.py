@@ -130,8 +130,9 @@ def find_nvcc(environ: Mapping[str, str] = os.environ, usual: Sequence[str] = ("
     if runtime is None:
         raise CannotBuild(f"{path} has no libcudart_static.a in {', '.join(folders)}")
 
-    # Beside the interpreter too: a virtual environment need not be activated.
-    ninja = shutil.which("ninja", path=os.pathsep.join([environ.get("PATH", ""), os.path.dirname(sys.executable)]))
+    # The one beside the interpreter first, whether its environment is activated or not: ninjas of different versions do
+    # not read each other's logs, and would compile all again.
+    ninja = shutil.which("ninja", path=os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", "")]))
     if ninja is None:
         raise CannotBuild("no ninja found; pip install ninja")
     return Nvcc(path, release[2], tuple(sorted(archs)), runtime, ninja)

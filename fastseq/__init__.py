@@ -6,6 +6,7 @@ from fastseq.module import FusedModule
 from fastseq.optimize import isa, kernels, optimize
 from fastseq.report import Report, explain, reset_stats, stats
 from fastseq.sequential import FusedSequential
+from fastseq.serving import warmup
 from fastseq.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -27,4 +28,5 @@ __all__ = [
     "restore",
     "stats",
     "verify",
+    "warmup",
 ]

@@ -17,9 +17,11 @@ class Variable(NamedTuple):
     meaning: str
 
 
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "emulated512", "emulated_amx")
+
 VARIABLES: tuple[Variable, ...] = (
     Variable("FASTSEQ_DISABLE", "run", ("0", "1"), "0", "1 runs everything eager, without a warning"),
-    Variable("FASTSEQ_ISA", "run", ("portable", "avx2", "avx512", "emulated512"), "", "highest instruction set to use"),
+    Variable("FASTSEQ_ISA", "run", ISAS, "", "highest instruction set to use"),
     Variable("FASTSEQ_KERNEL", "run", (), "", "prefer kernels whose name contains this text"),
     Variable("FASTSEQ_VERBOSE", "run", ("0", "1"), "0", "1 logs plans and fallbacks to stderr"),
     Variable("FASTSEQ_CHECK", "run", ("0", "1"), "0", "1 compares each fused call with eager and raises on a mismatch"),

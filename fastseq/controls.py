@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from fastseq import _native
-from fastseq.matcher import EXCLUDED, WITHOUT_WINOGRAD
+from fastseq.matcher import EXCLUDED, IN_BFLOAT16, WITHOUT_WINOGRAD
 from fastseq.module import PAUSE, is_fused_class, plain_class
 from fastseq.plan import TIMED
 from fastseq.sequential import COMPILED, FusedSequential, compiled_of
@@ -59,7 +59,7 @@ def restore(model: ModelT) -> ModelT:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastseq.restore expects a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        for key in (COMPILED, PAUSE, EXCLUDED, WITHOUT_WINOGRAD, TIMED):
+        for key in (COMPILED, PAUSE, EXCLUDED, WITHOUT_WINOGRAD, IN_BFLOAT16, TIMED):
             module.__dict__.pop(key, None)
         if type(module) is FusedSequential:
             object.__setattr__(module, "__class__", nn.Sequential)

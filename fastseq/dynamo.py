@@ -76,7 +76,8 @@ def read_node(node: fx.Node, root: nn.Module) -> Call | None:
         layer = root.get_submodule(str(node.target))
         call = Call(node, layer, has_effects=True) if type(layer) in KNOWN_LAYERS and len(node.args) == 1 else None
     elif (node.op, node.target) in RESHAPES:
-        call = Call(node, nn.Flatten()) if is_flatten(node) else None
+        reshape = nn.Flatten() if is_flatten(node) else unflatten(node)
+        call = Call(node, reshape) if reshape is not None else None
     else:
         call = read_function(node)
     return call if call is not None and isinstance(call.input, fx.Node) else None
@@ -112,6 +113,18 @@ def is_flatten(node: fx.Node) -> bool:
         return False
     is_alike = before.dim() >= 2 and after.dim() == 2 and statically_known_true(after.shape[0] == before.shape[0])
     return is_alike and (node.target != "view" or has_contiguous_rows(before))
+
+
+def unflatten(node: fx.Node) -> nn.Module | None:
+    """The layer, if a view or reshape gives (N, C, H, W) or (N, C, L) of (N, features)."""
+    source = node.args[0] if node.args else None
+    before = source.meta.get("example_value") if isinstance(source, fx.Node) else None
+    after = node.meta.get("example_value")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
+        return None
+    sizes = tuple(after.shape[1:])
+    is_alike = before.dim() == 2 and len(sizes) in (2, 3) and statically_known_true(after.shape[0] == before.shape[0])
+    return nn.Unflatten(1, sizes) if is_alike and all(type(size) is int for size in sizes) else None
 
 
 def has_contiguous_rows(tensor: Tensor) -> bool:

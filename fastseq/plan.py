@@ -10,7 +10,7 @@ from torch import nn
 
 from fastseq import _env, _native
 from fastseq.loading import Load
-from fastseq.matcher import WITHOUT_WINOGRAD, EagerSegment, Match, NativeSegment
+from fastseq.matcher import IN_BFLOAT16, WITHOUT_WINOGRAD, EagerSegment, Match, NativeSegment
 from fastseq.patterns.base import ATTRIBUTES, BUFFERS, PARAMETERS
 from fastseq.program import CheckedProgram, LoggedProgram, ProgramSegment, add_stats
 from fastseq.straight_line import Container, StraightLine
@@ -32,9 +32,9 @@ def native_steps(segment: NativeSegment) -> tuple[list[dict[str, Any]], list[nn.
             index[id(leaf.layer)] = len(layers)
             layers.append(leaf.layer)
     steps = []
-    for step in segment.steps:
-        holders = {key: step.native[key] for key in ("layer", "norm", "slopes")}
-        steps.append({**step.native, **{k: None if h is None else index[id(h)] for k, h in holders.items()}})
+    for native in (native for step in segment.steps for native in step.natives):
+        holders = {key: native[key] for key in ("layer", "norm", "slopes")}
+        steps.append({**native, **{k: None if h is None else index[id(h)] for k, h in holders.items()}})
     return steps, layers
 
 
@@ -58,6 +58,7 @@ def native_run(segment: NativeSegment, owner: nn.Module) -> Any:
         kernel=_env.preferred_kernel() or "",
         checks=_env.check(),
         winograd=WITHOUT_WINOGRAD not in owner.__dict__,
+        bfloat16=IN_BFLOAT16 in owner.__dict__,
         timings=owner.__dict__.get(TIMED, {}),
         times_kernels=TIMING in owner.__dict__,
     )
@@ -123,8 +124,11 @@ class CompiledMatch:
                 segments.append((None, [layer], watched))
             else:
                 segments.append((run, [leaf.runs for leaf in segment.leaves], None))
-        make = CheckedProgram if _env.check() else module.Program
-        self.program: Any = make(owner, containers, segments, forwards)
+        self.program: Any
+        if _env.check():
+            self.program = CheckedProgram(owner, containers, segments, forwards, IN_BFLOAT16 in owner.__dict__)
+        else:
+            self.program = module.Program(owner, containers, segments, forwards)
         if _env.verbose():
             self.program = LoggedProgram(self.program, [run for run in self.runs if run is not None])
         self.refused = refused = module.Refused

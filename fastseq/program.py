@@ -36,7 +36,12 @@ class CheckedProgram:
     """`_C.Program` for FASTSEQ_CHECK=1: segment by segment, each native result compared with its layers run eager."""
 
     def __init__(
-        self, owner: nn.Module, containers: list[Any], segments: list[ProgramSegment], forwards: list[Any]
+        self,
+        owner: nn.Module,
+        containers: list[Any],
+        segments: list[ProgramSegment],
+        forwards: list[Any],
+        in_bfloat16: bool,
     ) -> None:
         module = _native.module()
         self._refused = module.Refused
@@ -44,6 +49,7 @@ class CheckedProgram:
         # Of what they share, the whole alone tells the garbage collector.
         self._parts = [(module.Program(owner, containers, [s], forwards, shares=True), s[0], s[1]) for s in segments]
         self._whole = module.Program(owner, containers, segments, forwards)  # never run
+        self._in_bfloat16 = in_bfloat16
 
     def call(self, module: nn.Module, input: Any) -> Any:
         """Always refuses: each call goes through `forward`."""
@@ -63,7 +69,7 @@ class CheckedProgram:
                 expected = value
                 for layer in layers:
                     expected = layer(expected)
-                assert_close_to_eager(output, expected, layers)
+                assert_close_to_eager(output, expected, layers, self._in_bfloat16)
             value = output
         return value
 
@@ -87,7 +93,9 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 TF32_TOLERANCE = 5e-3
 
 
-def tolerance(result: torch.Tensor) -> float:
+def tolerance(result: torch.Tensor, in_bfloat16: bool = False) -> float:
+    if in_bfloat16 and result.dtype is torch.float32:
+        return TOLERANCES[torch.bfloat16]
     # By their newer names: the older ones raise where the newer were set.
     cudnn: Any = torch.backends.cudnn
     flags = cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
@@ -97,7 +105,9 @@ def tolerance(result: torch.Tensor) -> float:
     return TOLERANCES.get(result.dtype, TOLERANCES[torch.float32])
 
 
-def assert_close_to_eager(actual: torch.Tensor, expected: torch.Tensor, layers: list[Any]) -> None:
+def assert_close_to_eager(
+    actual: torch.Tensor, expected: torch.Tensor, layers: list[Any], in_bfloat16: bool = False
+) -> None:
     """AssertionError if a fused result is further from eager's than rounding explains: see TOLERANCES."""
     finite = expected[expected.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0
@@ -106,7 +116,7 @@ def assert_close_to_eager(actual: torch.Tensor, expected: torch.Tensor, layers: 
         actual,
         expected,
         rtol=0.0,
-        atol=tolerance(expected) * scale,
+        atol=tolerance(expected, in_bfloat16) * scale,
         equal_nan=True,
         check_stride=True,
         msg=lambda text: f"FASTSEQ_CHECK: the fused result of [{names}] differs from eager's. {text}",

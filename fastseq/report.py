@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fastseq import _native
-from fastseq.matcher import EagerSegment, Leaf, Match, is_excluded, match
+from fastseq.matcher import IN_BFLOAT16, EagerSegment, Leaf, Match, is_excluded, match
 from fastseq.module import FusedModule, match_forward, refuse_class
-from fastseq.optimize import isa
+from fastseq.optimize import has_bf16_kernels, isa
 from fastseq.plan import CompiledMatch
 from fastseq.program import add_stats
 from fastseq.sequential import KINDS, FusedSequential, compiled_of
@@ -139,6 +139,7 @@ def _describe(path: str, module: nn.Sequential, inside: dict[int, str]) -> dict[
     elif type(module) is nn.Sequential:
         entry["note"] = "not optimised: fastseq.optimize would fuse this"
     else:
+        entry["note"] = _in_bfloat16(module)
         inside.update((id(container), path) for container in found.nested)
     return entry
 
@@ -174,7 +175,7 @@ def _describe_forward(path: str, module: nn.Module, inside: dict[int, str], decl
         reasons = [segment.reason for segment in made.segments if isinstance(segment, EagerSegment)]
         entry["note"] = f"runs as it is, each Sequential in it by itself: {next(iter(reasons), 'nothing to fuse')}"
         return entry
-    entry["note"] = "its forward is a straight line: runs as one plan"
+    entry["note"] = "; ".join(filter(None, ["its forward is a straight line: runs as one plan", _in_bfloat16(module)]))
     entry["segments"] = list(_segments(made, compiled))
     inside.update((id(container), path) for container in made.nested)
     return entry
@@ -187,20 +188,35 @@ def _segments(found: Match, compiled: CompiledMatch | None) -> Iterator[dict[str
             yield {"kind": "eager", "layer": _layer_text(segment.leaf), "reason": segment.reason}
             continue
         plan = None if run is None else run.describe()
-        native = [{}] * len(segment.steps) if plan is None else plan["steps"]
+        made_of = iter(plan["steps"]) if plan is not None else None
+        native = [[{} if made_of is None else next(made_of) for _ in step.natives] for step in segment.steps]
         steps = [
             {
                 "name": step.pattern,
                 "layers": [leaf.path for leaf in step.leaves],
                 "kernel": made.get("kernel", ""),
+                "dtype": dtype_of(made.get("kernel", "")),
                 "output": made.get("output", ""),
                 "flops": made.get("flops"),
                 "packed_bytes": made.get("packed_bytes"),
-                "note": made.get("note", ""),
+                "note": "; ".join(filter(None, [*(f"behind {b['kernel']}" for b in before if b), made.get("note")])),
             }
-            for step, made in zip(segment.steps, native, strict=True)
+            for step, (*before, made) in zip(segment.steps, native, strict=True)
         ]
         yield {"kind": "native", "steps": steps, "scratch_bytes": None if plan is None else plan["scratch_bytes"]}
+
+
+def dtype_of(kernel: str) -> str:
+    """What a kernel of the CPU multiplies, whatever the model is stored in."""
+    return {"f32": "float32", "bf16": "bfloat16"}.get(kernel.partition("__")[0].rpartition("_")[2], "")
+
+
+def _in_bfloat16(module: nn.Module) -> str:
+    if IN_BFLOAT16 not in module.__dict__:
+        return ""
+    if has_bf16_kernels():
+        return "compute_dtype: bfloat16 where a kernel has it"
+    return "compute_dtype: this CPU, or FASTSEQ_ISA, has no kernels for bfloat16, so everything is float32"
 
 
 def _layer_text(leaf: Leaf) -> str:

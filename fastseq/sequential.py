@@ -25,7 +25,7 @@ class FusedSequential(nn.Sequential):
     native kernels do not cover (gradients, hooks, other dtypes or devices, transforms, odd arguments) runs eager.
 
     Args:
-        input: whatever the first layer takes; float32 tensors run fused, and on CUDA float16 and bfloat16 too.
+        input: whatever the first layer takes; float32, float16 and bfloat16 tensors run fused.
 
     Raises:
         whatever the layers raise in eager mode.

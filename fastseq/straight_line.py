@@ -79,6 +79,18 @@ class ViewAsRows:
         return getattr(x, self.name)(*((-1, self.features) if self.features else (x.shape[0], -1)))
 
 
+class ViewAsMaps:
+    """`x.view(x.shape[0], 8, 7, 7)`, `x.reshape(-1, 8, 49)` and their like, as eager runs them."""
+
+    def __init__(self, method: str, sizes: tuple[int, ...], is_of_batch: bool) -> None:
+        self.name = method
+        self.sizes = sizes
+        self.is_of_batch = is_of_batch
+
+    def __call__(self, x: Any) -> Any:
+        return getattr(x, self.name)(x.shape[0] if self.is_of_batch else -1, *self.sizes)
+
+
 # Instructions, of whichever Python from 3.10 on, that neither branch nor store outside of local variables. What is not
 # listed, such as instructions of a later Python, means no trace: a missing name costs speed, never a wrong result.
 PLAIN_INSTRUCTIONS = {
@@ -277,14 +289,18 @@ class _Batches:
         return self._sizes.get(value) if isinstance(value, fx.Node) else None
 
 
-def _view_as_rows(node: fx.Node, current: fx.Node, batches: _Batches) -> Leaf | None:
-    """`view` or `reshape` of `current` to (its batch, -1) or (-1, features), as a Flatten; None for anything else."""
+def _viewed(node: fx.Node, current: fx.Node) -> tuple[str, Any]:
+    """ "view" or "reshape" of `current` and the sizes it is given; no sizes for anything else."""
     target = "reshape" if node.target is torch.reshape else node.target
     if target not in ("view", "reshape") or node.kwargs or node.args[0] is not current:
-        return None
+        return "", ()
     sizes: Any = node.args[1:]
-    if len(sizes) == 1 and isinstance(sizes[0], tuple):
-        sizes = sizes[0]
+    return str(target), sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple) else sizes
+
+
+def _view_as_rows(node: fx.Node, current: fx.Node, batches: _Batches) -> Leaf | None:
+    """`view` or `reshape` of `current` to (its batch, -1) or (-1, features), as a Flatten; None for anything else."""
+    target, sizes = _viewed(node, current)
     if len(sizes) != 2:
         return None
     rows, columns = sizes
@@ -297,11 +313,28 @@ def _view_as_rows(node: fx.Node, current: fx.Node, batches: _Batches) -> Leaf | 
         return None
     # The batch of an earlier value is this one's as well, except for unbatched inputs, which only a native run refuses.
     return Leaf(
-        str(target),
+        target,
         nn.Flatten(),
-        call=ViewAsRows(str(target), features),
+        call=ViewAsRows(target, features),
         is_view=target == "view",
         rows_features=features,
+        needs_native=source is not None and source is not current,
+    )
+
+
+def _view_as_maps(node: fx.Node, current: fx.Node, batches: _Batches) -> Leaf | None:
+    """`view` or `reshape` of `current` to (its batch, C, H, W) or (-1, C, H, W), as an Unflatten; None for others."""
+    target, sizes = _viewed(node, current)
+    if len(sizes) not in (3, 4) or not all(type(size) is int and size > 0 for size in sizes[1:]):
+        return None
+    source = batches.source(sizes[0])
+    if source is None and not (type(sizes[0]) is int and sizes[0] == -1):
+        return None
+    maps = tuple(sizes[1:])
+    return Leaf(
+        target,
+        nn.Unflatten(1, maps),
+        call=ViewAsMaps(target, maps, source is not None),
         needs_native=source is not None and source is not current,
     )
 
@@ -333,7 +366,7 @@ def _leaves(
             return
         if batches.take(node):
             continue
-        leaf = _view_as_rows(node, current, batches)
+        leaf = _view_as_rows(node, current, batches) or _view_as_maps(node, current, batches)
         if leaf is None and not _is_only_current(node, current):
             raise NotStraight(f"its forward is no straight line: {node.target} takes other values than the last one")
         current = node

@@ -93,6 +93,15 @@ def _lenet5() -> nn.Module:
     )
 
 
+def _lenet_tanh() -> nn.Module:
+    """LeNet-5 as it was first: tanh, and averages instead of maxima."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2)),
+        *(nn.Flatten(), nn.Linear(16 * 5 * 5, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10)),
+    )
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(*_linear_stack(784, 512, 512, 10))
 
@@ -108,6 +117,14 @@ def _mlp_3x4096() -> nn.Module:
 def _cifar_vgg(has_norm: bool = False) -> nn.Module:
     features = _conv_stack(3, [64, 64, "M", 128, 128, "M", 256, 256, "M"], has_norm=has_norm)
     return nn.Sequential(*features, nn.Flatten(), *_linear_stack(256 * 4 * 4, 256, 10))
+
+
+def _cifar_cnn() -> nn.Module:
+    """Convolutions of stride 2 instead of pools, BatchNorm behind ReLU, and a global average before the one Linear."""
+    layers: list[nn.Module] = []
+    for c_in, c_out, stride in ((3, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)):
+        layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.ReLU(), nn.BatchNorm2d(c_out)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, 10))
 
 
 def _alexnet() -> nn.Module:
@@ -138,8 +155,8 @@ def _alexnet() -> nn.Module:
     return ImageNetModel(features, 6, classifier)
 
 
-def _vgg(channels: list[int | str]) -> nn.Module:
-    features = nn.Sequential(*_conv_stack(3, channels, inplace=True))
+def _vgg(channels: list[int | str], has_norm: bool = False) -> nn.Module:
+    features = nn.Sequential(*_conv_stack(3, channels, inplace=True, has_norm=has_norm))
     classifier = nn.Sequential(
         nn.Linear(512 * 7 * 7, 4096),
         nn.ReLU(inplace=True),
@@ -156,8 +173,52 @@ def _vgg11() -> nn.Module:
     return _vgg([64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"])
 
 
-def _vgg16() -> nn.Module:
-    return _vgg([64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"])
+def _vgg16(has_norm: bool = False) -> nn.Module:
+    return _vgg([64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"], has_norm)
+
+
+def _mobilenet_v1() -> nn.Module:
+    """Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications", 2017."""
+    layers = [nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)]
+    c_in = 32
+    for c_out, stride in (
+        (64, 1),
+        (128, 2),
+        (128, 1),
+        (256, 2),
+        (256, 1),
+        (512, 2),
+        *5 * ((512, 1),),
+        (1024, 2),
+        (1024, 1),
+    ):
+        depthwise = nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False)
+        layers += [depthwise, nn.BatchNorm2d(c_in), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+        c_in = c_out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 1000))
+
+
+def _autoencoder() -> nn.Module:
+    """Images to codes of 32 numbers, by convolutions and pools, and back, by upsampling and convolutions."""
+    return nn.Sequential(
+        nn.Sequential(*_conv_stack(1, [16, "M", 32, "M"]), nn.Flatten(), nn.Linear(32 * 7 * 7, 32)),
+        nn.Sequential(
+            *(nn.Linear(32, 32 * 7 * 7), nn.ReLU(), nn.Unflatten(1, (32, 7, 7))),
+            *(nn.Upsample(scale_factor=2), *_conv_stack(32, [16])),
+            *(nn.Upsample(scale_factor=2), nn.Conv2d(16, 1, 3, padding=1), nn.Sigmoid()),
+        ),
+    )
+
+
+def _espcn() -> nn.Module:
+    """Shi et al., "Real-Time Single Image and Video Super-Resolution Using an Efficient Sub-Pixel Convolutional Neural
+    Network", 2016: three times the size."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 64, 5, padding=2), nn.Tanh()),
+        *(nn.Conv2d(64, 32, 3, padding=1), nn.Tanh()),
+        *(nn.Conv2d(32, 9, 3, padding=1), nn.PixelShuffle(3)),
+    )
 
 
 def _conv_stack(
@@ -209,11 +270,11 @@ class ModelCase:
             torch.manual_seed(seed)
             model = self.make()
             for module in model.modules():
-                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                     if module.bias is not None:
                         nn.init.normal_(module.bias, std=0.1)
-                elif isinstance(module, nn.BatchNorm2d):
+                elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                     assert module.running_mean is not None and module.running_var is not None
                     nn.init.uniform_(module.weight, 0.5, 1.5)
                     nn.init.normal_(module.bias, std=0.1)
@@ -247,6 +308,7 @@ MODELS: dict[str, ModelCase] = {
         ModelCase("seed2", _seed2, (128,), (1, 32), "seed 2: MLP 128-64-10"),
         ModelCase("seed3", TwoStageConvNet, (3, 32, 32), (1, 64), "seed 3: two pooled stages"),
         ModelCase("lenet5", _lenet5, (1, 28, 28), (1, 256), "LeNet-5"),
+        ModelCase("lenet_tanh", _lenet_tanh, (1, 28, 28), (1, 256), "LeNet-5, tanh and average pools"),
         ModelCase("mlp", _mlp, (784,), (1, 256), "MLP 784-512-512-10"),
         ModelCase("mlp_8x256", _mlp_8x256, (256,), (4096,), "MLP of 8 x 256"),
         ModelCase("mlp_3x4096", _mlp_3x4096, (4096,), (1, 64), "MLP of 3 x 4096"),
@@ -254,9 +316,14 @@ MODELS: dict[str, ModelCase] = {
         ModelCase(
             "cifar_vgg_bn", partial(_cifar_vgg, has_norm=True), (3, 32, 32), (1, 32), "CIFAR VGG-like, batch norm"
         ),
+        ModelCase("cifar_cnn", _cifar_cnn, (3, 32, 32), (1, 32), "CIFAR CNN, global average"),
+        ModelCase("autoencoder", _autoencoder, (1, 28, 28), (1, 64), "convolutional autoencoder"),
+        ModelCase("espcn", _espcn, (1, 64, 64), (1, 8), "ESPCN, three times the size"),
         ModelCase("alexnet", _alexnet, (3, 224, 224), (1, 8), "AlexNet"),
         ModelCase("vgg11", _vgg11, (3, 224, 224), (1,), "VGG11"),
         ModelCase("vgg16", _vgg16, (3, 224, 224), (1, 4), "VGG16"),
+        ModelCase("vgg16_bn", partial(_vgg16, has_norm=True), (3, 224, 224), (1, 4), "VGG16, batch norm"),
+        ModelCase("mobilenet_v1", _mobilenet_v1, (3, 224, 224), (1, 8), "MobileNetV1"),
     )
 }
 
@@ -269,16 +336,19 @@ class LayerCost:
     weight_bytes: int  # bias not counted
 
 
+COSTLY = (nn.Conv1d, nn.Conv2d, nn.Linear)
+
+
 def layer_costs(model: nn.Module, x: Tensor) -> list[LayerCost]:
-    """What each Conv2d and Linear that `model(x)` runs costs, in that order; bias, ReLU and pooling cost nothing."""
+    """What each convolution and Linear that `model(x)` runs costs, in that order; all else costs nothing."""
     costs: list[LayerCost] = []
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(module, (nn.Conv2d, nn.Linear))
+        assert isinstance(module, COSTLY)
         weight = module.weight
         costs.append(LayerCost(2 * output.numel() * weight[0].numel(), weight.numel() * weight.element_size()))
 
-    handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, COSTLY)]
     try:
         with torch.no_grad():
             model(x)
@@ -289,7 +359,7 @@ def layer_costs(model: nn.Module, x: Tensor) -> list[LayerCost]:
 
 
 def count_flops(model: nn.Module, x: Tensor) -> int:
-    """2 x multiply-adds of every Conv2d and Linear that `model(x)` runs; bias, ReLU and pooling are not counted."""
+    """2 x multiply-adds of every convolution and Linear that `model(x)` runs; all else is not counted."""
     return sum(cost.flops for cost in layer_costs(model, x))
 
 

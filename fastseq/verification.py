@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastseq.matcher import Leaf, Match, NativeSegment, match
+from fastseq._native import native_available
+from fastseq.matcher import IN_BFLOAT16, Leaf, Match, NativeSegment, Step, is_flatten, match
 from fastseq.module import FusedModule, match_forward
 from fastseq.plan import CompiledMatch
 from fastseq.reference import plain_copy
 from fastseq.report import news, stats
-from fastseq.sequential import COMPILED, KINDS, FusedSequential
+from fastseq.sequential import KINDS, FusedSequential
 
 FACTOR = 4.0  # how far from float64 a result may be, in errors of eager
+IN_BFLOAT16_ALLOWED = 4 * torch.finfo(torch.bfloat16).eps  # and where float32 layers multiply in bfloat16
 
 
 class Verification:
@@ -35,7 +37,8 @@ class Verification:
         """JSON-able. Of the whole result: "fused_calls", "fallbacks", and the fields of each of the "steps":
 
         "error", "eager_error": norm of the difference from float64 over the norm of float64's result, of finite values;
-        "allowed": the larger of four times eager's error and eight roundings of the dtype; "max_abs_error",
+        "allowed": the larger of four times eager's error and eight roundings of the dtype, or, with
+        `optimize(compute_dtype=torch.bfloat16)`, four roundings of bfloat16; "max_abs_error",
         "eager_max_abs_error", "scale": largest difference and largest magnitude; "special_values": how many NaN, inf
         and -inf stand elsewhere than in eager's result; "worst": index and values of the element furthest from float64;
         "ok". Steps also have "path", "layers", "name", "kernel" and "is_fused"; each gets eager's result of the one
@@ -111,9 +114,12 @@ def verify(model: nn.Module, x: Tensor) -> Verification:
         for handle in handles:
             handle.remove()
         steps = [
-            step for path, found in matches.items() if path in inputs for step in _steps(path, found, inputs[path])
+            step
+            for path, found in matches.items()
+            if path in inputs
+            for step in _steps(path, found, inputs[path], IN_BFLOAT16 in model.get_submodule(path).__dict__)
         ]
-    whole = compare(actual, eager, exact)
+    whole = compare(actual, eager, exact, any(IN_BFLOAT16 in module.__dict__ for module in model.modules()))
     return Verification(
         {
             **whole,
@@ -161,28 +167,45 @@ def _record(module: nn.Module, path: str, inputs: dict[str, Tensor]) -> Any:
     return module.register_forward_pre_hook(hook)
 
 
-def _steps(path: str, found: Match, value: Any) -> Iterator[dict[str, Any]]:
+def _steps(path: str, found: Match, value: Any, in_bfloat16: bool) -> Iterator[dict[str, Any]]:
     for segment in found.segments:
         if not isinstance(segment, NativeSegment):
             value = segment.leaf.runs(value)
             continue
-        for layers, name, leaves in _chunks(segment):
-            fused = FusedSequential(*(leaf.layer for leaf in leaves))
-            actual = fused(_own(value))
+        for layers, name, leaves, step in _chunks(segment):
+            actual, plan = _run_alone(step, leaves, value, in_bfloat16)
             exact = _eager([copy.deepcopy(leaf.layer).double() for leaf in leaves], _double(value))
             value = _eager([leaf.runs for leaf in leaves], _own(value))
-            compiled: CompiledMatch | None = fused.__dict__.get(COMPILED)
-            plan = (
-                None if compiled is None else next((run.describe() for run in compiled.runs if run is not None), None)
-            )
             yield {
                 "path": path,
                 "layers": layers,
                 "name": name,
                 "kernel": plan["steps"][-1]["kernel"] if plan else "",
                 "is_fused": plan is not None,
-                **compare(actual, value, exact),
+                **compare(actual, value, exact, in_bfloat16),
             }
+
+
+def _run_alone(step: Step, leaves: list[Leaf], value: Any, in_bfloat16: bool) -> tuple[Any, dict[str, Any] | None]:
+    """The step as a run of its own, whether the matcher finds that worth it or not, and its plan if it was made."""
+    layers = [leaf.layer for leaf in leaves]
+    if native_available():
+        sequential = FusedSequential(*layers)
+        if in_bfloat16:
+            sequential.__dict__[IN_BFLOAT16] = True
+        has_flatten, is_on_features = any(map(is_flatten, layers)), "is_per_feature" in step.native
+        alone = NativeSegment(
+            [step],
+            leaves,
+            flattens_input=has_flatten and not is_on_features,
+            flattens_output=has_flatten and is_on_features,
+        )
+        compiled = CompiledMatch(sequential, Match([alone]))
+        result = compiled.program.forward(sequential, _own(value))
+        if result.__class__ is not compiled.refused:
+            (run,) = compiled.runs
+            return result, run and run.describe()
+    return _eager(layers, _own(value)), None
 
 
 def _eager(layers: list[Any], value: Any) -> Any:
@@ -191,16 +214,16 @@ def _eager(layers: list[Any], value: Any) -> Any:
     return value
 
 
-def _chunks(segment: NativeSegment) -> Iterator[tuple[list[str], str, list[Leaf]]]:
-    """For each step its layers' paths, its name, and the leaves of a run of it alone, with a Flatten before it."""
+def _chunks(segment: NativeSegment) -> Iterator[tuple[list[str], str, list[Leaf], Step]]:
+    """For each step its layers' paths, its name, the leaves of a run of it alone, with a Flatten before it, and it."""
     rest = list(segment.leaves)
     for step in segment.steps:
         end = next(i for i, leaf in enumerate(rest) if leaf is step.leaves[-1]) + 1
         leaves, rest = rest[:end], rest[end:]
-        yield [leaf.path for leaf in step.leaves], step.pattern, leaves
+        yield [leaf.path for leaf in step.leaves], step.pattern, leaves, step
 
 
-def compare(actual: Tensor, eager: Tensor, exact: Tensor) -> dict[str, Any]:
+def compare(actual: Tensor, eager: Tensor, exact: Tensor, in_bfloat16: bool = False) -> dict[str, Any]:
     """The fields of `Verification.to_dict` for one result. actual, eager: of one shape; exact: float64."""
     if actual.shape != eager.shape or actual.dtype != eager.dtype:
         raise TypeError(
@@ -220,7 +243,7 @@ def compare(actual: Tensor, eager: Tensor, exact: Tensor) -> dict[str, Any]:
     reference = torch.where(finite, exact, 0.0)
     scale = reference.norm().item() or 1.0  # an exact result of zeros has no scale; the error stands as it is
     error, eager_error = found.norm().item() / scale, of_eager.norm().item() / scale
-    allowed = max(FACTOR * eager_error, 8 * torch.finfo(actual.dtype).eps)
+    allowed = max(FACTOR * eager_error, 8 * torch.finfo(actual.dtype).eps, IN_BFLOAT16_ALLOWED if in_bfloat16 else 0.0)
     worst = None
     if found.numel() and found.abs().max() > 0:
         at = int(found.abs().argmax())

@@ -1,4 +1,7 @@
-"""What every test gets: a fixed seed, torch's thread count as it was, and a skip for `gpu` tests without a GPU."""
+"""What every test gets: a fixed seed, torch's thread count as it was, and a skip for `gpu` tests without a GPU.
+
+Files whose single tests take minutes come first, so that of several processes none is left alone with one at the end.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 collect_ignore = [] if "emulation" in fastseq.__file__ else ["on_emulated_grid"]
 
 
+LONG = ("test_kernel_harness.py", "test_planted_faults.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if torch.version.cuda is not None and torch.cuda.is_available():
         return
     for item in items:

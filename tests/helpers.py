@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastseq
+from fastseq import dynamo
 from fastseq.testing import assert_matches
 
-# Every instruction set whose kernels this CPU runs, the emulated one included.
-ISAS = tuple(dict.fromkeys(row["isa"] for row in fastseq.kernels() if row["supported"]))
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Every instruction set whose kernels this CPU runs, the emulated one included; not what only adds bfloat16 to one.
+ISAS = tuple(dict.fromkeys(row["isa"] for row in fastseq.kernels() if row["supported"] and row["dtype"] == "f32"))
 
 
 # How far Winograd's worst element may be from float64's, in eager's worst errors: 5.13 is the most seen, where
@@ -54,6 +58,32 @@ def kernels_used(fused: nn.Module) -> list[str]:
     report = fastseq.explain(fused).to_dict()
     segments = [segment for run in (*report["forwards"], *report["sequentials"]) for segment in run["segments"]]
     return [step["kernel"] for segment in segments if segment["kind"] == "native" for step in segment["steps"]]
+
+
+def runs_of_graph(model: nn.Module, x: Tensor) -> list[list[str]]:
+    """The layers of each native run that `torch.compile(model, backend="fastseq")` makes."""
+    found: list[list[str]] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        found.extend([type(call.layer).__name__ for call in run] for run in dynamo.find_runs(graph))
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(x)
+    return found
+
+
+def settle(model: ModelT) -> ModelT:
+    """Eval mode, BatchNorms with numbers as in a trained network: also negative and small ones."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert layer.running_mean is not None and layer.running_var is not None
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.05, 4)
+            if layer.affine:
+                nn.init.normal_(layer.weight)
+                nn.init.normal_(layer.bias)
+    return model.eval()
 
 
 def integers(*shape: int, limit: int = 4) -> Tensor:
@@ -138,6 +168,14 @@ def outcome(call: Callable[[Tensor], Any], x: Tensor) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
+def assert_eagers_error(model: nn.Module, x: Tensor) -> None:
+    """`model` rejects `x`, and so does what is made of it, in the same words."""
+    __tracebackhide__ = True
+    expected = outcome(model.eval(), x)
+    assert isinstance(expected, str)
+    assert outcome(fastseq.optimize(model), x) == expected
+
+
 def assert_same_outcome(actual: Any, expected: Any) -> None:
     """Tensors that are close, or the same exception."""
     __tracebackhide__ = True
@@ -146,6 +184,17 @@ def assert_same_outcome(actual: Any, expected: Any) -> None:
         torch.testing.assert_close(actual, expected)
     else:
         assert actual == expected
+
+
+def run_on_threads(fused: nn.Module, x: Tensor) -> Tensor:
+    """The result, whose bits one thread and two must agree on."""
+    __tracebackhide__ = True
+    with torch.no_grad():
+        torch.set_num_threads(1)
+        alone: Tensor = fused(x)
+        torch.set_num_threads(2)
+        assert torch.equal(fused(x), alone)
+    return alone
 
 
 def assert_same_bits_however_called(fused: nn.Module, x: Tensor) -> Tensor:
@@ -159,3 +208,12 @@ def assert_same_bits_however_called(fused: nn.Module, x: Tensor) -> Tensor:
                 assert torch.equal(fused(x[:batch]), alone[:batch]), (threads, batch)
             assert torch.equal(fused(x.to(memory_format=torch.channels_last)), alone), threads
     return alone
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """`work(i)` for each i below `count`, all at once."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -18,6 +18,7 @@ from helpers import (
     one_thread,  # noqa: F401
     outcome,
     run_fused,
+    settle,
     use_kernels,
 )
 from torch import Tensor, nn
@@ -26,18 +27,6 @@ import fastseq
 from fastseq.testing import assert_matches
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
-
-
-def settle(model: nn.Sequential) -> nn.Sequential:
-    """Eval mode, with statistics, weights and biases of a trained network: also negative and small ones."""
-    for layer in model:
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.05, 4)
-            if layer.affine:
-                nn.init.normal_(layer.weight)
-                nn.init.normal_(layer.bias)
-    return model.eval()
 
 
 def conv(c_in: int, c_out: int, k: int, *after: nn.Module, padding: int = 0, **options: Any) -> nn.Sequential:

@@ -13,11 +13,13 @@ import torch
 from conftest import ROOT, run_python
 
 import fastseq
-from fastseq.testing import MODELS, LayerCost
+from fastseq.optimize import has_bf16_kernels
+from fastseq.testing import MODELS, LayerCost, assert_matches
 
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import cases  # noqa: E402
 import layers  # noqa: E402
 import limits  # noqa: E402
 import plot_results  # noqa: E402
@@ -82,6 +84,15 @@ def test_limits_are_measured() -> None:
     assert found.threads == 1 and found.l3_bytes >= found.l2_bytes > 0
     assert found.l3_read_gbytes_per_s > 0 and found.dram_read_gbytes_per_s > 0
     assert (found.fma_gflops is not None) == fastseq.native_available()
+
+
+@pytest.mark.parametrize("name", cases.STEPS)
+def test_a_step_is_one_native_call(name: str) -> None:
+    case = cases.STEPS[name]
+    fast = fastseq.optimize(case.build())
+    with torch.no_grad():
+        assert_matches(fast(case.example(1)), case.build(), case.example(1))
+    assert fastseq.stats(fast) == {"fused_calls": 1, "eager_calls": 0, "fallbacks": {}}
 
 
 # The layers ----------------------------------------------------------------------------------------------------------
@@ -249,6 +260,24 @@ def test_files_of_different_machines_do_not(
     assert "different machines" in capsys.readouterr().err
 
 
+def test_rows_in_bfloat16(models_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.json"
+    backends = ("--backends", "eager", "onnxruntime", "fastseq", "fastseq_compute_dtype")
+    arguments = ("--threads", "1", "--cases", "seed2", "--batches", "3", "--no-pin", *FEW)
+    run_process("bench_models", "--dtype", "bfloat16", *arguments, *backends, "--json", str(path))
+    found = report.load(path)
+    assert found["dtype"] == "bfloat16" and found["skipped"] == {"onnxruntime": "no bfloat16"}
+    assert [row["backend"] for row in found["rows"]] == ["eager", "fastseq", "fastseq_compute_dtype"]
+    for row in found["rows"]:
+        assert row["problem"] is None and row["limit_us"] is None
+        in_float32 = row["backend"] == "fastseq_compute_dtype" and not has_bf16_kernels()
+        assert (row["err_rel_max"] > 1e-4) is not in_float32 and row["eager_err_rel_max"] > 1e-4
+    assert "bfloat16. Median" in report.to_markdown(found)
+    with pytest.raises(SystemExit, match="2"):
+        run("report", str(models_file), str(path))
+    assert "of different types: bfloat16, float32" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_plot(models_file: Path, tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib")
@@ -317,6 +346,58 @@ def test_memory(tmp_path: Path) -> None:
     for row in (eager, fast, copied):
         assert row["peak_bytes"] >= row["weight_bytes"] and row["optimize_s"] >= 0 and row["first_call_s"] > 0
         assert row["of_eager"] == pytest.approx(row["peak_bytes"] / eager["peak_bytes"])
+
+
+def test_requests_per_second(tmp_path: Path) -> None:
+    pytest.importorskip("litserve", reason="needs the extra fastseq[serve]")
+    path, table = tmp_path / "rows.json", tmp_path / "table.md"
+    options = ("--seconds", "0.5", "--repeats", "1", "--p99", "5000", "--json", str(path), "--markdown", str(table))
+    run_process("bench_serving", "--cases", "seed2", *options)
+    found = json.loads(path.read_text())
+    assert [(row["model"], row["load"] is None) for row in found["rows"]] == [
+        (model, is_all) for model in ("plain", "fastseq") for is_all in (True, False, False)
+    ]
+    for row in [*found["rows"], *found["at_p99"]]:
+        assert row["failures"] == 0 and row["requests_per_s"] > 0 and 0 < row["p50_ms"] <= row["p99_ms"]
+        assert row["model_ms_per_batch"] > 0 and row["batch_size"] >= 1
+    assert [row["model"] for row in found["at_p99"]] == ["plain", "fastseq"]
+    assert table.read_text().count("| seed2 |") == 8
+
+
+def test_a_server_under_load(tmp_path: Path) -> None:
+    pytest.importorskip("litserve", reason="needs the extra fastseq[serve]")
+    path = tmp_path / "rows.json"
+    options = ("--seconds", "4", "--swaps", "2", "--capacity-seconds", "0.5", "--share", "0.3", "--workers", "2")
+    run_process("soak_serving", "--case", "seed2", *options, "--json", str(path))
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["failures"] == 0 and row["problems"] == {} and row["requests"] > 10
+    assert row["swaps"] == row["swaps_seen"] == 2
+    assert row["resident_mib"] > 100 and row["growth"] >= 0 and len(row["memory"]) > 20
+
+
+def test_an_answer_of_wrong_weights_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soak_serving = importlib.import_module("soak_serving")
+    weights = soak_serving.Weights("seed2", 4, tmp_path / "weights.pt")
+    inputs = MODELS["seed2"].example(3)
+    weights.answer_all(inputs)
+
+    def answer(version: int, number: int) -> bytes:
+        model = MODELS["seed2"].build()
+        model.load_state_dict(weights.states[version])
+        with torch.no_grad():
+            return bytes(model(inputs)[number].numpy().tobytes())
+
+    for version in (1, 2):
+        weights.put(version)
+        assert torch.equal(torch.load(weights.file)["0.weight"], weights.states[version]["0.weight"])
+    assert weights.check(1, answer(2, 1)) is None and weights.check(1, answer(1, 1)) is None
+    assert weights.check(1, answer(0, 1)) == "an answer of weights that were replaced long ago"
+    assert weights.check(1, answer(3, 1)) == "an answer of weights that are not there yet"
+    assert weights.check(1, answer(2, 0)) == "an answer of no version of the weights"
+    assert weights.check(1, b"1234") == "an answer of another size"
+    monkeypatch.setattr(soak_serving, "SECONDS_TO_LOAD", 0.0)
+    assert weights.check(1, answer(2, 1)) is None
+    assert weights.check(1, answer(1, 1)) == "an answer of old weights"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def one_thread() -> None:
 def test_structs_are_as_in_kernels_h(kernels: Kernels) -> None:
     layout = (ctypes.c_int64 * 8)()
     kernels.library.fastseq_conv_layout(layout)
-    structs = (PackJob, "samples"), (PackArgs, "element_bytes"), (ConvPoolArgs, "pack"), (MaxPoolArgs, "has_relu")
+    structs = (PackJob, "samples"), (PackArgs, "element_bytes"), (ConvPoolArgs, "pack"), (MaxPoolArgs, "finish")
     assert list(layout) == [n for kind, last in structs for n in (ctypes.sizeof(kind), getattr(kind, last).offset)]
 
 
@@ -125,6 +125,26 @@ CASES = {
         pool=Pool((3, 3), (2, 2), tile=(2, 2)),
         c_out=64,
     ),
+    "norm": Problem(c_in=20, c_out=33, has_norm=True, dst="nhwc", zeros=3),
+    "norm, no bias, no relu": Problem(c_in=4, c_out=65, has_bias=False, has_relu=False, has_norm=True, offset=1),
+    "norm without weights": Problem(batch=3, c_in=3, c_out=7, size=(5, 5), has_norm=True),
+    "norm, registers": Problem(size=(9, 12), c_in=4, c_out=33, has_norm=True, pool=REGISTERS, dst="nhwc", zeros=2),
+    "norm, shared": Problem(
+        c_in=4, size=(8, 9), has_norm=True, pool=Pool((3, 2), (2, 2), (1, 1), True, tile=(1, 3)), dst="columns"
+    ),
+    "norm, slopes behind registers": Problem(
+        size=(8, 12), c_out=30, has_relu=False, has_norm=True, kind="prelu", pool=REGISTERS, is_after_pool=True
+    ),
+    "slope in front of registers": Problem(c_in=4, size=(8, 9), c_out=7, kind="leaky_relu", pool=REGISTERS, dst="nhwc"),
+    "clamp behind shared": Problem(
+        size=(11, 9), c_out=33, kind="hardtanh", is_after_pool=True, pool=Pool((3, 3), (2, 2), tile=(2, 2))
+    ),
+    "norm, slopes in front of shared": Problem(
+        c_in=4, c_out=6, has_norm=True, kind="prelu", pool=Pool((3, 3), (1, 1), (1, 1), tile=(1, 4)), dst="slice"
+    ),
+    "norm, clamp, linear": Problem(
+        batch=130, c_in=30, c_out=65, size=(1, 1), kernel=(1, 1), padding=NO_PADDING, has_norm=True, kind="hardtanh"
+    ),
     "linear": Problem(batch=300, c_in=30, c_out=65, size=(1, 1), kernel=(1, 1), padding=NO_PADDING),
     "linear, one row": Problem(batch=1, c_in=333, c_out=30, size=(1, 1), kernel=(1, 1), padding=NO_PADDING),
     "linear, rows apart": Problem(
@@ -190,6 +210,9 @@ def random_problem(rng: random.Random, tile_m: int) -> Problem:
         offset=rng.choice([0, 0, 1, 2, 3]),
         dst_offset=rng.choice([0, 0, 0, 1, 2]),
         room=rng.choice([0, 0, 0, 1, 3]),
+        has_norm=rng.random() < 0.3,
+        kind=rng.choice(["none", "none", "leaky_relu", "prelu", "hardtanh"]),
+        is_after_pool=rng.random() < 0.5,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from emulation.conv_kernels import (
     Values,
     assert_same,
     integers,
+    make_epilogue,
     make_values,
     plant,
     run,
 )
+from emulation.finish import ACTIVATIONS
 from torch import Tensor
 
 # Of a sum relative to the sum of its products' magnitudes: fp32 sums of exact products, or of factors rounded to 11
@@ -111,6 +114,10 @@ SPECIAL_CASES = {
         c_in=3, size=(7, 9), pool=Pool((3, 3), (2, 2), (1, 1), is_ceil=True, tile=(2, 2)), has_relu=False
     ),
     "shared, relu": Problem(c_in=4, size=(7, 9), pool=Pool((3, 3), (2, 2), tile=(1, 2))),
+    "norm, registers": Problem(c_in=3, size=(6, 9), pool=REGISTERS, has_norm=True),
+    "norm, slopes, shared": Problem(
+        c_in=4, size=(7, 9), pool=Pool((3, 3), (2, 2), tile=(1, 2)), has_norm=True, has_relu=False, kind="prelu"
+    ),
     "linear": Problem(batch=20, c_in=30, c_out=33, size=(1, 1), kernel=(1, 1), padding=NO_PADDING),
 }
 
@@ -133,7 +140,8 @@ def test_special_values(kernels: Kernels, row: Row, case: str) -> None:
         assert values.bias is not None
         for tensor, count in zip((values.src, values.weight, values.bias), counts, strict=True):
             plant(tensor, rng, specials, count)
-        expected = problem.finish(problem.sums(values.src, values.weight, explicit_products), values.bias)
+        sums = problem.sums(values.src, values.weight, explicit_products)
+        expected = problem.finish(sums, values.bias, values.epilogue)
         kernels.seed(rng.randrange(1 << 32))
         actual = run(kernels, row, problem, values)
         assert_same(actual, expected)
@@ -168,3 +176,50 @@ def test_nothing_outside_is_multiplied(kernels: Kernels, row: Row) -> None:
     values.weight.fill_(1)
     values.src.fill_(float("inf"))
     assert (run(kernels, row, problem, values) == float("inf")).all()
+
+
+# Activations ---------------------------------------------------------------------------------------------------------
+
+# Units in the last place of float32 against float64, with the CPU's functions, which nearly always round correctly.
+# What is below TAIL times the argument, or times 1, has an absolute error instead.
+MOST_UNITS = {"gelu_tanh": 12}  # 4 for the others
+TAIL = 2.0**-20
+
+
+def arguments(dtype: torch.dtype) -> Tensor:
+    """Of every size and both signs, thresholds and what is beside them, NaN and the infinities."""
+    powers = torch.cat([2.0 ** torch.arange(-40, 8), 1.37 * 2.0 ** torch.arange(-20, 8)])
+    steps = torch.linspace(-12, 12, 481)
+    special = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 40.0, 88.0, 89.0, -88.0, -104.0])
+    return torch.cat([powers, -powers, steps, special]).to(dtype).double()
+
+
+@pytest.mark.parametrize("pool", [None, Pool((1, 1), (1, 1), tile=(1, 32))], ids=["plain", "behind a pool"])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations(kernels: Kernels, kind: str, pool: Pool | None) -> None:
+    """What an activation makes of single values: the sum of one product by 1."""
+    for row in (("f32", "32x32", "gather"), ("f16", "128x32", "gather"), ("bf16", "32x32", "vector")):
+        x = arguments(DTYPES[row[0]])
+        if kind == "hardswish":  # six times the argument is too large, for torch's kernel too
+            x = x[~x.isfinite() | (x.abs() < 5e37)]
+        problem = Problem(1, 1, (1, len(x)), 1, (1, 1), padding=NO_PADDING, has_bias=False, has_relu=False, kind=kind)
+        problem = replace(problem, pool=pool, is_after_pool=pool is not None)
+        values = Values(x.view(1, 1, 1, -1), torch.ones(1, 1, 1, 1).double(), None, make_epilogue(problem))
+        actual = run(kernels, row, problem, values)[0, 0, 0]
+        expected = problem.finish(values.src, None, values.epilogue)[0, 0, 0]
+        rounded = expected.to(actual.dtype)
+        assert_same(actual.where(~expected.isfinite(), actual * 0), rounded.where(~expected.isfinite(), actual * 0))
+        is_number = expected.isfinite() & rounded.isfinite()
+        x, actual, expected = x[is_number], actual[is_number].double(), expected[is_number]
+        scale = torch.maximum(expected.abs(), TAIL * torch.minimum(x.abs(), torch.tensor(1.0)))
+        allowed = MOST_UNITS.get(kind, 4) * 2.0**-23 * scale + ROUNDING[row[0]] * expected.abs() + tiny(row[0])
+        wrong = (actual - expected).abs() > allowed
+        assert not wrong.any(), (
+            f"{row[0]}: {kind} of {x[wrong][0]:.9g}: {actual[wrong][0]:.9g}, {expected[wrong][0]:.9g}"
+        )
+
+
+def tiny(math: str) -> float:
+    """The distance of subnormal numbers."""
+    limits = torch.finfo(DTYPES[math])
+    return limits.smallest_normal * limits.eps

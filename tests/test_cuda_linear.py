@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from emulation.build import compile_emulated
+from emulation.finish import ACTIVATIONS, Epilogue, Finish
 from torch import Tensor
 
 FILES = (
@@ -86,6 +87,7 @@ class Layer(ctypes.Structure):
         ("n", ctypes.c_int),
         ("k", ctypes.c_int),
         ("has_relu", ctypes.c_int),
+        ("finish", Finish),
     ]
 
 
@@ -189,6 +191,7 @@ class Chain:
     shift: int = 0  # of all tensors, in elements
     gap: int = 0  # between rows of x and of the result
     kept: list[Placed] = field(default_factory=list)
+    epilogues: tuple[Epilogue | None, ...] = ()  # of the layers, instead of ReLU
 
     def args(self) -> tuple[ChainArgs, Placed]:
         src = Placed.of(self.x, self.shift, self.gap)
@@ -203,7 +206,17 @@ class Chain:
             self.kept.extend(placed)
             pointers = [tensor.view.data_ptr() for tensor in placed] + [None]
             args.layers[i] = Layer(pointers[0], pointers[1], *weight.shape, has_relu)
+            if epilogue := self.epilogue(i):
+                args.layers[i].has_relu = 0
+                args.layers[i].finish = epilogue.struct(self.place)
         return args, dst
+
+    def epilogue(self, layer: int) -> Epilogue | None:
+        return self.epilogues[layer] if self.epilogues else None
+
+    def place(self, values: Tensor) -> int:
+        self.kept.append(Placed.of(values.to(self.x.dtype)[None], self.shift))
+        return self.kept[-1].view.data_ptr()
 
     def run(self, kernels: Kernels, name: str) -> Tensor:
         args, dst = self.args()
@@ -224,12 +237,16 @@ def reference(
 ) -> Tensor:
     """In float64. `loads`: what becomes of factors, `rounds`: of a layer's result."""
     x = chain.x.double()
-    for weight, bias, has_relu in chain.layers:
+    for i, (weight, bias, has_relu) in enumerate(chain.layers):
         # Not a matrix product: libraries may skip products with zero, which are NaN for infinities.
         x = torch.stack([(row * loads(weight.double())).sum(1) for row in loads(x)])
         if bias is not None:
             x = x + bias.double()
-        x = rounds(x.relu() if has_relu else x).double()
+        if epilogue := chain.epilogue(i):
+            x = epilogue.activate(epilogue.norm(x))
+        elif has_relu:
+            x = x.relu()
+        x = rounds(x).double()
     return x
 
 
@@ -303,7 +320,7 @@ def cases(name: str, kernels: Kernels) -> list[tuple[tuple[int, ...], int]]:
 def test_structs_are_as_in_kernels_h(kernels: Kernels) -> None:
     layout = (ctypes.c_int64 * 4)()
     kernels.library.fastseq_linear_layout(layout)
-    expected = [ctypes.sizeof(Layer), Layer.has_relu.offset, ctypes.sizeof(ChainArgs), ChainArgs.layers.offset]
+    expected = [ctypes.sizeof(Layer), Layer.finish.offset, ctypes.sizeof(ChainArgs), ChainArgs.layers.offset]
     assert list(layout) == expected
 
 
@@ -323,6 +340,55 @@ def test_integers_are_exact(kernels: Kernels, name: str) -> None:
         chain = integer_chain(widths, rows, math, seed=i, has_bias=i % 3 != 1, **placing)
         result = chain.run(kernels, name)
         assert torch.equal(result, exact_reference(chain, math)), f"{widths}, {rows} rows, {placing}"
+
+
+# Of the layers of a chain, in turns; what they give stays small, and exact.
+FINISHED = (
+    ("hardtanh", True),
+    ("prelu", False),
+    ("relu", True),
+    ("leaky_relu", True),
+    ("hardtanh", False),
+    ("none", True),
+)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "fused" not in name])
+def test_finished_layers_are_exact(kernels: Kernels, name: str) -> None:
+    """BatchNorms and activations whose arithmetic is exact, behind each layer, behind all but the last, and in a chain
+    with ReLU."""
+    math = kernels.math(name)
+    for i, (widths, rows) in enumerate(cases(name, kernels)):
+        kernels.seed(i)
+        chain = integer_chain(
+            widths, rows, math, seed=i, has_bias=i % 3 != 1, specials=i % 4 == 3, shift=(0, 1, 8)[i % 3]
+        )
+        epilogues = [
+            Epilogue.make(n, *FINISHED[(i + j) % len(FINISHED)], is_affine=(i + j) % 5 != 2, seed=j)
+            for j, n in enumerate(widths[1:])
+        ]
+        used = [e if i % 3 != (2 if j + 2 == len(widths) else 1) or i % 2 else None for j, e in enumerate(epilogues)]
+        chain = replace(chain, epilogues=tuple(used if any(used) else epilogues), kept=[])
+        result, expected = chain.run(kernels, name), exact_reference(chain, math)
+        assert torch.equal(result.isnan(), expected.isnan()), f"{widths}, {rows} rows"
+        assert torch.equal(result.nan_to_num(7.0), expected.nan_to_num(7.0)), f"{widths}, {rows} rows, {used}"
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations(kernels: Kernels, kind: str) -> None:
+    """The code is test_cuda_conv_values.py's; here, that each kernel gets there."""
+    for name in (
+        "tiny_mlp_f16__ffma_4",
+        "tiny_mlp_f32__ffma_2",
+        "skinny_linear_f32__ffma_4",
+        "skinny_linear_bf16__mma_8",
+    ):
+        math = kernels.math(name)
+        chain = random_chain((70, 40), 5, math, seed=3)
+        chain = replace(chain, epilogues=(Epilogue.make(40, kind),), kept=[])
+        expected = reference(chain, lambda x: x)
+        result = chain.run(kernels, name).double()
+        assert (result - expected).norm() / expected.norm() < TOLERANCES[math], name
 
 
 @each_kernel

@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from emulation.conv_kernels import DTYPES, Kernels, MaxPoolArgs, Pool, assert_same, integers, plant
+from emulation.conv_kernels import DTYPES, Kernels, MaxPoolArgs, Pool, assert_same, integers, placed_in, plant
+from emulation.finish import Epilogue
 from emulation.regions import Region, strides_of
 from torch import Tensor
 
@@ -57,6 +58,8 @@ def run_pool(
     *,
     bias: Tensor | None = None,
     has_relu: bool = False,
+    epilogue: Epilogue | None = None,
+    is_after_pool: bool = False,
     unit: int = 1,
     offset: int = 0,
 ) -> Tensor:
@@ -85,6 +88,10 @@ def run_pool(
         pool_left=pool.padding[1],
         has_relu=has_relu,
     )
+    regions: list[Region] = []
+    if epilogue:
+        args.finish = epilogue.struct(placed_in(regions, dtype, offset), is_after_pool)
+        args.finished_channels = len(epilogue.mean) if epilogue.mean is not None else x.shape[1]
     for name, region in (("src", src), ("dst", dst)):
         for axis, stride in zip(("image", "c", "h", "w"), region.strides, strict=True):
             setattr(args, f"{name}_{axis}_stride", stride)
@@ -124,6 +131,40 @@ def test_max_pool(kernels: Kernels, math: str, route: str) -> None:
             )
             assert_same(actual, expected)
             assert not (has_relu and actual.signbit().any())
+
+
+@pool_maths
+@pytest.mark.parametrize("route", ["vector", "nchw", "odd channels", "nchw to nhwc"])
+def test_max_pool_of_finished_values(kernels: Kernels, math: str, route: str) -> None:
+    """A BatchNorm in front of the pool, an activation there or behind it, and channels that stay zero."""
+    src_layout, dst_layout, is_aligned, _ = POOL_ROUTES[route]
+    unit = 16 // DTYPES[math].itemsize if is_aligned else 1
+    channels = 2 * unit if is_aligned else 11
+    for i, pool in enumerate(POOL_WINDOWS):
+        x = integers(2, channels, 7, 9)
+        plant(x, random.Random(i), (float("nan"), float("inf"), -float("inf"), -0.0), 9)
+        kind = ("prelu", "hardtanh", "leaky_relu", "relu", "none")[i % 5]
+        count = channels - i % 3
+        epilogue = Epilogue.make(count, kind, has_norm=i % 5 != 2 or count < channels, is_affine=i != 3, seed=i)
+        bias = integers(channels) if i % 2 else None
+        shifted = x[:, :count] if bias is None else (x + bias[:, None, None])[:, :count]
+        for is_after_pool in (False, True):
+            values = epilogue.norm(shifted)
+            expected = torch.zeros(pool(x).shape).double()
+            expected[:, :count] = epilogue.activate(pool(values)) if is_after_pool else pool(epilogue.activate(values))
+            actual = run_pool(
+                kernels,
+                math,
+                x,
+                pool,
+                src_layout,
+                dst_layout,
+                bias=bias,
+                epilogue=epilogue,
+                is_after_pool=is_after_pool,
+                unit=unit,
+            )
+            assert_same(actual, expected)
 
 
 @pool_maths

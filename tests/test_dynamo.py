@@ -258,18 +258,20 @@ LEFT: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {
     "a weight that is no parameter": (lambda m, x: F.linear(x.flatten(1)[:, :200], m.table), 0),
     "a weight that is the input": (lambda m, x: F.linear(x.flatten(1), x.flatten(1)), 0),
     "a value that is its own weight": (lambda m, x: F.conv2d(y := m.linear.weight[:, :192].view(7, 3, 8, 8), y), 0),
-    "dilation": (lambda m, x: F.conv2d(x, m.conv.weight, dilation=2).relu(), 0),
+    "dilation": (lambda m, x: F.conv2d(x, m.conv.weight, dilation=2).relu(), 1),
     "groups": (lambda m, x: F.conv2d(x, m.conv.weight[:6, :1].contiguous(), groups=3).relu(), 0),
     "conv1d": (lambda m, x: F.conv1d(x[..., 0], m.conv.weight[..., 0]).relu(), 0),
     "indices": (lambda m, x: F.max_pool2d(m.conv(x), 2, return_indices=True), 1),
-    "dilated pool": (lambda m, x: F.max_pool2d(x, 2, dilation=2), 0),
+    "dilated pool": (lambda m, x: F.max_pool2d(x, 2, dilation=2), 1),
+    "average pool": (lambda m, x: F.avg_pool2d(m.conv(x), 2, 2, 1, count_include_pad=False), 1),
+    "global average": (lambda m, x: torch.flatten(F.adaptive_avg_pool2d(m.conv(x), (1, 1)), 1), 1),
     "relu6": (lambda m, x: F.relu6(m.conv(x)), 1),
     "ReLU alone": (lambda m, x: x.relu(), 0),
     "flatten alone": (lambda m, x: x.flatten(1), 0),
     "flatten of all": (lambda m, x: m.pool(m.conv(x)).flatten(), 1),
     "flatten of some": (lambda m, x: m.pool(m.conv(x)).flatten(1, 2), 1),
     "a view that is no flatten": (lambda m, x: m.linear(m.pool(m.conv(x)).view(2 * len(x), -1).repeat(1, 2)), 2),
-    "a view of another dtype": (lambda m, x: m.pool(m.conv(x)).flatten(1).view(torch.int32), 1),
+    "a view of another dtype": (lambda m, x: m.pool(m.conv(x)).flatten(1).view(torch.int32).view(torch.float32), 1),
     "a view of three dimensions": (lambda m, x: m.pool(m.conv(x)).view(len(x), 8, -1), 1),
     "rows of a product": (lambda m, x: m.linear(m.pool(m.conv(x)).flatten(1) * 2), 2),
     "linear of an image": (lambda m, x: F.linear(m.conv(x), m.linear.weight[:, :10].contiguous()), 1),
@@ -304,6 +306,25 @@ def test_training_dropout_draws_as_in_eager() -> None:
         torch.manual_seed(5)
         torch.testing.assert_close(actual, model(x))
     assert runs == 2
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = nn.Linear(6, 24), nn.Conv2d(2, 12, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x).relu().view(x.shape[0], 2, 3, 4)
+        x = self.conv(F.interpolate(x, scale_factor=2))
+        return F.pixel_shuffle(F.interpolate(x, size=(5, 7), mode="bilinear"), 2).flatten(1).relu()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_rows_become_maps_and_maps_grow(dynamic: bool) -> None:
+    model = Decoder().eval()
+    function = compiled(model, dynamic=dynamic)
+    for batch in (3, 5):
+        assert_runs(function, model, torch.randn(batch, 6), runs=1)
 
 
 def test_padding_modes_are_a_pad_and_a_convolution() -> None:
@@ -686,10 +707,11 @@ def test_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_reasons_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    model, x = Net(lambda m, x: F.conv2d(x, m.conv.weight, dilation=2).relu()).eval(), images()
+    model, x = Net(lambda m, x: F.max_pool2d(m.conv(x), 2, return_indices=True)[0]).eval(), images()
     with caplog.at_level("DEBUG", "fastseq"):
-        assert_runs(compiled(model), model, x, runs=0)
-    assert "torch.compile: eager: conv2d: Conv2d has dilation 2; fused kernels take 1" in caplog.text
+        assert_runs(compiled(model), model, x, runs=1)
+    reason = "MaxPool2d has return_indices=True; fused kernels return values only"
+    assert f"torch.compile: eager: max_pool2d: {reason}" in caplog.text
 
 
 def entry_points() -> dict[str, str]:

@@ -320,6 +320,15 @@ ATTRIBUTES: dict[str, tuple[type[nn.Module], str, list[Any]]] = {
     "pool dilation": (nn.MaxPool2d, "dilation", ODD + [20] + [value for value in BIG if value < 0 or value > 2**40]),
     "pool ceil_mode": (nn.MaxPool2d, "ceil_mode", [0, 1, None, "yes", [], torch.tensor(True)]),
     "pool return_indices": (nn.MaxPool2d, "return_indices", [True, 1, 0, None, "yes"]),
+    "average kernel_size": (nn.AvgPool2d, "kernel_size", [*ODD, 12, (1, 11), *BIG]),
+    "average stride": (nn.AvgPool2d, "stride", ODD + BIG),
+    "average padding": (nn.AvgPool2d, "padding", [*ODD, 2, (0, 2), *BIG]),
+    "average ceil_mode": (nn.AvgPool2d, "ceil_mode", [0, 1, None, "yes", []]),
+    "average count_include_pad": (nn.AvgPool2d, "count_include_pad", [0, 1, None, "yes", []]),
+    "average divisor_override": (nn.AvgPool2d, "divisor_override", [0, -1, 3, True, 1.0, "1", (1,), *BIG]),
+    "adaptive output_size": (nn.AdaptiveAvgPool2d, "output_size", [*ODD, (2, None), (None, None)]),
+    "adaptive maximum output_size": (nn.AdaptiveMaxPool2d, "output_size", [*ODD, (2, None), (None, None)]),
+    "adaptive return_indices": (nn.AdaptiveMaxPool2d, "return_indices", [True, 1, 0, None, "yes"]),
     "flatten start_dim": (nn.Flatten, "start_dim", [0, 2, 4, 7, -1, -9, 1.0, None, True, "1"]),
     "flatten end_dim": (nn.Flatten, "end_dim", [0, 1, 2, 3, 4, -2, -9, 1.0, None, True]),
     "dropout p": (nn.Dropout, "p", [-0.1, 1.0, 1.1, 2, None, "0.5", float("nan"), float("inf")]),
@@ -328,6 +337,17 @@ ATTRIBUTES: dict[str, tuple[type[nn.Module], str, list[Any]]] = {
     "relu inplace": (nn.ReLU, "inplace", [1, "yes", None, [], torch.tensor(True)]),
     "linear in_features": (nn.Linear, "in_features", [3, None]),
 }
+OTHER_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+
+def net_with(kind: type[nn.Module]) -> nn.Sequential:
+    """A network that runs as one native call and has a layer of this type."""
+    if kind not in OTHER_POOLS:
+        return conv_net()
+    pools = [nn.AvgPool2d(3, 1, 1), nn.AdaptiveMaxPool2d((4, 3)), nn.AdaptiveAvgPool2d((3, 2))]
+    return nn.Sequential(*conv_net()[:2], *pools, nn.Flatten(), nn.Linear(8 * 3 * 2, 4)).eval()
+
+
 ATTRIBUTE_CASES = [
     pytest.param(kind, name, value, id=f"{label} {value!r}")
     for label, (kind, name, values) in ATTRIBUTES.items()
@@ -337,7 +357,7 @@ ATTRIBUTE_CASES = [
 
 @pytest.mark.parametrize(("kind", "name", "value"), ATTRIBUTE_CASES)
 def test_attributes(kind: type[nn.Module], name: str, value: Any) -> None:
-    fast, x = fastseq.optimize(conv_net()), images()
+    fast, x = fastseq.optimize(net_with(kind)), images()
     works(fast)
     layer = next(module for module in fast if type(module) is kind)
     old = layer.__dict__[name]
@@ -364,7 +384,7 @@ def compare_seeded(fast: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize(("kind", "name", "value"), ATTRIBUTE_CASES)
 def test_attributes_before_the_first_call(kind: type[nn.Module], name: str, value: Any) -> None:
     """What the constructors do not check reaches optimize itself, which must not stumble either."""
-    model = conv_net()
+    model = net_with(kind)
     next(module for module in model if type(module) is kind).__dict__[name] = value
     fast = fastseq.optimize(model)
     fastseq.explain(fast)
@@ -377,7 +397,7 @@ def test_attributes_before_the_first_call(kind: type[nn.Module], name: str, valu
     [(kind, name) for kind, name, _ in ATTRIBUTES.values() if name not in ("in_features", "training", "inplace")],
 )
 def test_attributes_that_are_gone(kind: type[nn.Module], name: str) -> None:
-    fast, x = fastseq.optimize(conv_net()), images()
+    fast, x = fastseq.optimize(net_with(kind)), images()
     works(fast)
     layer = next(module for module in fast if type(module) is kind)
     old = layer.__dict__.pop(name)

@@ -437,8 +437,8 @@ UNUSUAL_INPUTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "zero tensor": (lambda x: torch._efficientzerotensor(x.shape), "not a plain dense tensor"),
     "complex": (lambda x: torch.complex(x, x), "not float32"),
     "double": (Tensor.double, "not float32"),
-    "half": (Tensor.half, "not float32"),
-    "bfloat16": (Tensor.bfloat16, "not float32"),
+    "half": (Tensor.half, "a parameter has another dtype than the input"),
+    "bfloat16": (Tensor.bfloat16, "a parameter has another dtype than the input"),
     "int64": (Tensor.long, "not float32"),
     "uint8": (lambda x: x.to(torch.uint8), "not float32"),
     "bool": (Tensor.bool, "not float32"),
@@ -486,6 +486,9 @@ def test_unusual_inputs_give_eagers_result_or_error(net: str, kind: str) -> None
         actual, expected = (result._replace(value=result.value.value) for result in (actual, expected))
     assert_identical(actual.value, expected.value)
     counters = fastseq.stats(fast)
+    if net == "pool" and "parameter" in reason:
+        assert counters["fused_calls"] == 1 and not counters["fallbacks"]  # there are none
+        return
     assert counters["fused_calls"] == 0
     assert counters["fallbacks"] and all(reason in text for text in counters["fallbacks"])
 
@@ -515,11 +518,10 @@ def test_meta_models_give_shapes() -> None:
     assert result.is_meta and result.shape == (2, 10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_model_of_another_dtype_is_eager(dtype: torch.dtype) -> None:
-    fast, x = fastseq.optimize(conv_net().to(dtype)), images().to(dtype)
+def test_a_model_of_float64_is_eager() -> None:
+    fast, x = fastseq.optimize(conv_net().double()), images().double()
     with torch.no_grad():
-        assert_eager(fast, x, "float32")
+        assert_eager(fast, x, "not float32, float16 or bfloat16")
 
 
 # Hooks ------------------------------------------------------------------------------------------------------------

@@ -372,8 +372,8 @@ def test_cases_are_known_and_once_each() -> None:
     table = gpu_bench.cases()
     assert len(set(table)) == len(table) and {case.network for case in table} <= set(gpu_bench.NETWORKS)
     assert table[0] == gpu_bench.Case("seed2", 1, "float32")
-    widths = {int(case.network.removeprefix("mlp")): case for case in table if case.network.startswith("mlp")}
-    assert widths.keys() == {64, 128, 256, 512, 1024, 4096}
+    mlps = {case.network for case in table if case.network.startswith("mlp")}
+    assert mlps == {"mlp64", "mlp128", "mlp256", "mlp256_gelu", "mlp512", "mlp1024", "mlp4096"}
     assert {case.batch for case in table if case.network == "mlp64"} == {1, 256, 4096, 65536}
     assert {case.dtype for case in table} == {"float32", "bfloat16"}
     assert set(gpu_bench.NOMINAL) == set(gpu_check.DRY_RUN_DEVICES)

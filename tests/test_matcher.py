@@ -64,8 +64,15 @@ CUTS: dict[str, tuple[Callable[[], list[Any]], list[str]]] = {
     "linear": (lambda: [linear()], ["linear"]),
     "linear relu": (lambda: [linear(), relu()], ["linear_relu"]),
     "second pool": (lambda: [conv(), pool(), pool()], ["conv2d_maxpool2d + maxpool2d"]),
-    "second relu": (lambda: [conv(), relu(), relu()], ["conv2d_relu", "eager ReLU"]),
-    "relu pool relu": (lambda: [conv(), relu(), pool(), relu()], ["conv2d_relu_maxpool2d", "eager ReLU"]),
+    "second relu": (lambda: [conv(), relu(), relu()], ["conv2d_relu + relu"]),
+    "relu pool relu": (lambda: [conv(), relu(), pool(), relu()], ["conv2d_relu_maxpool2d + relu"]),
+    "norm relu conv": (lambda: [nn.BatchNorm2d(2), relu(), conv()], ["batchnorm2d_relu + conv2d"]),
+    "norm alone": (lambda: [nn.BatchNorm2d(2), relu()], ["eager BatchNorm2d", "eager ReLU"]),
+    "norm, then another run": (
+        lambda: [nn.BatchNorm2d(2), relu(), linear(), relu(), relu(), nn.BatchNorm1d(2)],
+        ["eager BatchNorm2d", "eager ReLU", "linear_relu + relu + batchnorm1d"],
+    ),
+    "relu of a flattened map": (lambda: [conv(), flat(), relu(), linear()], ["conv2d + relu + linear"]),
     "relu first": (lambda: [relu(), conv()], ["eager ReLU", "conv2d"]),
     "pool relu": (lambda: [pool(), relu()], ["maxpool2d_relu"]),
     "two convs": (lambda: [conv(), relu(), conv(), relu()], ["conv2d_relu + conv2d_relu"]),
@@ -94,15 +101,72 @@ CUTS: dict[str, tuple[Callable[[], list[Any]], list[str]]] = {
         lambda: [same(), conv(), drop(), relu(), same(), pool(), flat(), drop(0.9), linear(), same()],
         ["conv2d_relu_maxpool2d + linear"],
     ),
+    "other dropouts": (
+        lambda: [
+            conv(),
+            nn.FeatureAlphaDropout().eval(),
+            flat(),
+            linear(),
+            nn.SELU(),
+            nn.AlphaDropout().eval(),
+            linear(),
+        ],
+        ["conv2d + linear_selu + linear"],
+    ),
     "free layers alone": (lambda: [same(), drop()], ["eager Identity", "eager Dropout"]),
     "free between relu and sigmoid": (lambda: [same(), nn.Softsign()], ["eager Identity", "eager Softsign"]),
     "eager between": (
         lambda: [conv(), relu(), nn.BatchNorm2d(2), pool(), nn.Softsign(), flat(), linear()],
-        ["conv2d_relu", "eager BatchNorm2d", "maxpool2d", "eager Softsign", "linear"],
+        ["conv2d_relu + batchnorm2d + maxpool2d", "eager Softsign", "linear"],
     ),
-    "declined pool": (lambda: [conv(), relu(), pool(dilation=2)], ["conv2d_relu", "eager MaxPool2d"]),
+    "declined pool": (lambda: [conv(), relu(), pool(dilation=[2, 2])], ["conv2d_relu", "eager MaxPool2d"]),
     "declined pool at once": (lambda: [conv(), pool(return_indices=True)], ["conv2d", "eager MaxPool2d"]),
-    "declined conv": (lambda: [conv(groups=2), relu(), pool()], ["eager Conv2d", "eager ReLU", "maxpool2d"]),
+    "declined conv": (
+        lambda: [altered(conv(padding=1), padding_mode="ones"), relu(), pool()],
+        ["eager Conv2d", "eager ReLU", "maxpool2d"],
+    ),
+    "zeros before a conv": (
+        lambda: [pool(), nn.ZeroPad2d(1), same(), conv(), relu(), nn.ConstantPad2d(1, 0.5), conv()],
+        ["maxpool2d + zeropad2d_conv2d_relu + constantpad2d + conv2d"],
+    ),
+    "padding mode": (
+        lambda: [nn.ConstantPad2d(1, 0), conv(padding=1, padding_mode="circular"), relu(), pool()],
+        ["constantpad2d + conv2d_relu_maxpool2d"],
+    ),
+    "upsampling and shuffles": (
+        lambda: [conv(), nn.Upsample(scale_factor=2), conv(), relu(), nn.PixelShuffle(1), nn.UpsamplingBilinear2d(4)],
+        ["conv2d + upsample + conv2d_relu + pixelshuffle + upsamplingbilinear2d"],
+    ),
+    "upsampling alone": (lambda: [nn.Upsample(scale_factor=2)], ["eager Upsample"]),
+    "features of a map": (
+        lambda: [conv(), flat(), relu(), nn.BatchNorm1d(8).eval(), nn.Tanh(), linear(), relu()],
+        ["conv2d + relu + batchnorm1d_tanh + linear_relu"],
+    ),
+    "rows to maps": (
+        lambda: [linear(), relu(), nn.Unflatten(1, (2, 2, 2)), same(), relu(), conv(), flat(), linear()],
+        ["linear_relu + relu + conv2d + linear"],
+    ),
+    "maps first": (
+        lambda: [drop(), nn.Unflatten(1, (1, -1)), nn.Conv1d(1, 2, 3), flat(), linear()],
+        ["conv1d + linear"],
+    ),
+    "maps of another dimension": (
+        lambda: [linear(), nn.Unflatten(1, (4, 2)), conv(), nn.Unflatten(1, (1, 2)), conv()],
+        ["linear", "eager Unflatten", "conv2d", "eager Unflatten", "conv2d"],
+    ),
+    "maps last": (
+        lambda: [linear(), nn.Unflatten(1, (2, 2, 2)), nn.Softsign()],
+        ["linear", "eager Unflatten", "eager Softsign"],
+    ),
+    "flattened by other dimensions": (
+        lambda: [conv(), nn.Flatten(2, 2), nn.Flatten(-3, 3), nn.Flatten(1, 1), linear(), nn.Flatten(-1, 1), linear()],
+        ["conv2d + linear + linear"],
+    ),
+    "flattened in part": (
+        lambda: [conv(), nn.Flatten(2), nn.Flatten(), linear()],
+        ["conv2d", "eager Flatten", "linear"],
+    ),
+    "flattened with the batch": (lambda: [conv(), nn.Flatten(0, -1), linear()], ["conv2d", "eager Flatten", "linear"]),
     "nested": (
         lambda: [nn.Sequential(conv(), nn.Sequential(relu())), nn.Sequential(nn.Sequential(pool(), flat())), linear()],
         ["conv2d_relu_maxpool2d + linear"],
@@ -121,16 +185,23 @@ def test_cut(case: str) -> None:
 
 
 REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "conv groups": (lambda: conv(groups=2), "Conv2d has groups 2; fused kernels take 1"),
-    "conv dilation": (lambda: conv(dilation=2), "Conv2d has dilation (2, 2); fused kernels take 1"),
-    "conv dilation one way": (lambda: conv(dilation=(1, 2)), "Conv2d has dilation (1, 2); fused kernels take 1"),
-    **{
-        f"conv {mode}": (
-            lambda mode=mode: conv(padding=1, padding_mode=mode),
-            f"Conv2d has padding_mode {mode!r}; fused kernels take 'zeros'",
-        )
-        for mode in ("reflect", "replicate", "circular")
-    },
+    "conv groups": (
+        lambda: altered(conv(), groups=2.0),
+        "Conv2d has groups 2.0; fused kernels take a positive int",
+    ),
+    "conv no groups": (lambda: altered(conv(), groups=0), "Conv2d has groups 0; fused kernels take a positive int"),
+    "conv dilation": (
+        lambda: altered(conv(), dilation=[2, 1]),
+        "Conv2d has dilation [2, 1]; fused kernels take one or two ints",
+    ),
+    "conv padding mode": (
+        lambda: altered(conv(), padding_mode="ones"),
+        "Conv2d has padding_mode 'ones'; fused kernels take 'zeros', 'reflect', 'replicate' and 'circular'",
+    ),
+    "upsample corners": (
+        lambda: nn.Upsample(scale_factor=2, align_corners=True),
+        "Upsample has align_corners True in mode 'nearest', which eager rejects",
+    ),
     "conv stride": (
         lambda: altered(conv(), stride=[1, 1]),
         "Conv2d has stride [1, 1]; fused kernels take one or two ints",
@@ -147,7 +218,10 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: pool(return_indices=True),
         "MaxPool2d has return_indices=True; fused kernels return values only",
     ),
-    "pool dilation": (lambda: pool(dilation=2), "MaxPool2d has dilation 2; fused kernels take 1"),
+    "pool dilation": (
+        lambda: pool(dilation=[2, 2]),
+        "MaxPool2d has dilation [2, 2]; fused kernels take one or two ints",
+    ),
     "pool kernel": (
         lambda: altered(pool(), kernel_size=[2, 2]),
         "MaxPool2d has kernel_size [2, 2]; fused kernels take one or two ints",
@@ -160,16 +234,16 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: altered(pool(), padding=None),
         "MaxPool2d has padding None; fused kernels take one or two ints",
     ),
-    "relu": (relu, "ReLU does not follow a Conv2d, Linear or MaxPool2d that is fused"),
+    "relu": (relu, "ReLU does not follow a layer that is fused"),
     "flatten dims": (lambda: flat(0), "Flatten has start_dim=0, end_dim=-1; fused runs take 1 and -1"),
     "flatten end": (lambda: flat(1, 2), "Flatten has start_dim=1, end_dim=2; fused runs take 1 and -1"),
     "flatten": (flat, "Flatten stands neither behind a fused convolution or pool nor before a fused Linear"),
     "identity": (same, "Identity does nothing and stands beside no fused layer"),
     "dropout": (drop, "Dropout does nothing and stands beside no fused layer"),
-    "relu6": (nn.ReLU6, "ReLU6 does not follow a Conv2d, Linear or MaxPool2d that is fused"),
-    "conv1d": (lambda: nn.Conv1d(1, 1, 1), "no fused kernel for Conv1d"),
+    "relu6": (nn.ReLU6, "ReLU6 does not follow a layer that is fused"),
+    "conv3d": (lambda: nn.Conv3d(1, 1, 1), "no fused kernel for Conv3d"),
     "conv transposed": (lambda: nn.ConvTranspose2d(1, 1, 1), "no fused kernel for ConvTranspose2d"),
-    "average pool": (lambda: nn.AvgPool2d(2), "no fused kernel for AvgPool2d"),
+    "pool of powers": (lambda: nn.LPPool2d(2, 2), "no fused kernel for LPPool2d"),
     "dropout2d": (nn.Dropout2d, "no fused kernel for Dropout2d"),
     "subclass": (
         lambda: nn.LazyLinear(3),
@@ -220,9 +294,9 @@ def test_dropout_that_eager_rejects_stays_eager(p: float) -> None:
 
 def test_a_reason_is_about_the_layer_itself() -> None:
     """Of a pattern that fails at its pool, only the pool is to blame."""
-    first, second = match(nn.Sequential(conv(), relu(), pool(dilation=2)), KINDS).segments
+    first, second = match(nn.Sequential(conv(), relu(), pool(dilation=[2, 2])), KINDS).segments
     assert isinstance(first, NativeSegment)
-    assert not isinstance(second, NativeSegment) and second.reason == "MaxPool2d has dilation 2; fused kernels take 1"
+    assert not isinstance(second, NativeSegment) and second.reason.startswith("MaxPool2d has dilation [2, 2]; ")
 
 
 @pytest.mark.parametrize("layer", [same, flat, drop, relu, pool, conv, linear], ids=lambda kind: kind.__name__)

@@ -21,13 +21,43 @@ def features(name: str) -> nn.Sequential:
     return model.features.to_empty(device="cpu")
 
 
-SMALL = [MODELS[name] for name in ("seed1", "seed1_named", "seed2", "seed3", "lenet5", "mlp")]
+def narrowed(model: nn.Module) -> nn.Module:
+    """The model with an eighth of its channels and features; for one that was made on meta."""
+    for name, layer in list(model.named_children()):
+        if isinstance(layer, nn.Conv2d):
+            c_in = layer.in_channels if layer.in_channels == 3 else layer.in_channels // 8
+            sizes = (layer.kernel_size, layer.stride, layer.padding)
+            made: nn.Module = nn.Conv2d(c_in, layer.out_channels // 8, *sizes, bias=layer.bias is not None)  # type: ignore[arg-type]
+        elif isinstance(layer, nn.BatchNorm2d):
+            made = nn.BatchNorm2d(layer.num_features // 8)
+        elif isinstance(layer, nn.Linear):
+            made = nn.Linear(layer.in_features // 8, layer.out_features // 8)
+        else:
+            made = narrowed(layer)
+        setattr(model, name, made)
+    return model
+
+
+def narrow(name: str) -> nn.Module:
+    with torch.device("meta"):
+        model = MODELS[name].make()
+    return narrowed(model)
+
+
+NAMES = ("seed1", "seed1_named", "seed2", "seed3", "lenet5", "lenet_tanh", "mlp", "cifar_cnn", "autoencoder")
+SMALL = [*(MODELS[name] for name in NAMES), ModelCase("espcn", MODELS["espcn"].make, (1, 17, 14), (1,))]
 LARGE = [
     MODELS["cifar_vgg"],
     MODELS["cifar_vgg_bn"],
+    ModelCase("mobilenet_v1", MODELS["mobilenet_v1"].make, (3, 64, 64), (1,)),
     ModelCase("alexnet features", lambda: features("alexnet"), (3, 79, 67), (1,)),
     ModelCase("vgg11 features", lambda: features("vgg11"), (3, 32, 32), (1,)),
     ModelCase("vgg16 features", lambda: features("vgg16"), (3, 32, 40), (1,)),
+    # Whole, of other sizes than those at which the adaptive pool does nothing.
+    ModelCase("narrow alexnet", lambda: narrow("alexnet"), (3, 127, 131), (1,)),
+    ModelCase("narrow vgg16", lambda: narrow("vgg16"), (3, 96, 64), (1,)),
+    ModelCase("narrow vgg16_bn", lambda: narrow("vgg16_bn"), (3, 64, 97), (1,)),
+    ModelCase("narrow vgg16_bn at its size", lambda: narrow("vgg16_bn"), (3, 224, 224), (1,)),
 ]
 
 each_small = pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])

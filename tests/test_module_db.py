@@ -1,4 +1,4 @@
-"""PyTorch's own cases as ours: the samples of its `module_db`, and those of conv2d, max_pool2d, linear and relu.
+"""PyTorch's own cases as ours: the samples of its `module_db`, and those of some functions (`torch_samples.FUNCTIONS`).
 
 A module stands in a Sequential alone, between two fused runs, behind one, and before ReLU and MaxPool2d. The Sequential
 is called without gradients (twice: the second call takes the fast lane), with frozen weights and with gradients; images
@@ -33,6 +33,7 @@ from torch_samples import (
 )
 
 import fastseq
+from fastseq.patterns.activation import ACTIVATIONS
 
 # Eager warns about what the samples are made of: odd padding, lazy layers, complex32, deprecated arguments.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -74,30 +75,67 @@ def build(case: Case, chain: str, output: Any) -> nn.Sequential:
     return model
 
 
-def is_fusable(layer: nn.Module) -> bool:
-    """Whether README.md says that a step may begin with the layer, in one condition per type."""
-    if type(layer) is nn.Conv2d:
-        return layer.padding_mode == "zeros" and layer.groups == 1 and layer.dilation in (1, (1, 1))
-    if type(layer) is nn.MaxPool2d:
-        return not layer.return_indices and layer.dilation in (1, (1, 1))
-    return type(layer) is nn.Linear
+PADDINGS = (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
+IMAGES, IMAGES_1D, ROWS, EITHER = "images", "images of one dimension", "rows", "either"
+
+
+RESIZING = (nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.PixelShuffle, nn.PixelUnshuffle)
+ROW_LAYERS = (nn.Softmax, nn.LogSoftmax, nn.LayerNorm)
+NEEDS_COMPANY = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm),
+    *(*ROW_LAYERS, *ACTIVATIONS, *PADDINGS, *RESIZING),
+)
+
+
+def takes(layer: nn.Module) -> str:
+    """What data a step that begins with the layer is for by README.md, "" for none: one condition per type."""
+    kind = type(layer)
+    images = IMAGES_1D if kind.__name__.endswith("1d") else IMAGES
+    if kind in (nn.Conv1d, nn.Conv2d):
+        return images
+    if kind in (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d):
+        return "" if layer.return_indices else images
+    if kind in (nn.BatchNorm1d, nn.BatchNorm2d):
+        is_fixed = not layer.training and layer.running_mean is not None
+        return (IMAGES if kind is nn.BatchNorm2d else ROWS) if is_fixed else ""
+    if kind in (nn.Softmax, nn.LogSoftmax):
+        return ROWS if layer.dim in (-1, 1) else ""
+    if kind is nn.LayerNorm:
+        return ROWS if len(layer.normalized_shape) == 1 else ""
+    if kind is nn.GroupNorm:
+        return IMAGES
+    if kind in ACTIVATIONS:
+        return EITHER
+    if kind in PADDINGS:
+        padding = layer.padding
+        return IMAGES if type(padding) is tuple and min(padding) >= 0 and any(padding) else ""
+    if kind in RESIZING:
+        given = getattr(layer, "size", None) or getattr(layer, "scale_factor", None)
+        return IMAGES if not isinstance(given, tuple) or len(given) == 2 else ""
+    if kind in (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
+        return images
+    return ROWS if kind is nn.Linear else ""
+
+
+def leads(layer: nn.Module) -> bool:
+    """Whether a run may begin with the layer."""
+    is_average = type(layer) in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+    return not (is_average and layer.output_size in (1, (1,), (1, 1)))
 
 
 def native_calls(model: nn.Sequential) -> int:
-    """The number of native calls that one forward of float32 data takes: the runs of the Sequential."""
-    runs, data, tail = 0, "", ""
-    for layer in model:
-        if type(layer) is nn.ReLU and tail in ("Conv2d", "Linear", "Conv2d MaxPool2d", "MaxPool2d"):
-            tail += " ReLU"
-            continue
-        if not is_fusable(layer):
-            data = tail = ""
-            continue
-        kind = "rows" if type(layer) is nn.Linear else "images"
-        runs += kind != data
-        data = kind
-        name = type(layer).__name__
-        tail = f"{tail} {name}" if name == "MaxPool2d" and tail in ("Conv2d", "Conv2d ReLU") else name
+    """The number of native calls that one forward of float32 data takes: the runs with a layer that is worth it."""
+    runs, data, is_worth_it = 0, "", False
+    for layer in (*model, None):
+        kind = takes(layer)
+        if kind == EITHER:
+            kind = data
+        if kind != data:
+            runs += is_worth_it
+            data, is_worth_it = kind, False
+            if data and not leads(layer):
+                data = ""
+        is_worth_it |= bool(data) and type(layer) not in NEEDS_COMPANY
     return runs
 
 
@@ -127,8 +165,8 @@ DOCUMENTED = (
     "the input is empty",
     "an unbatched input with channels_last weights or Flatten",
     "a non-contiguous input of more than 2 dimensions to linear",
-    "an unbatched input to BatchNorm or PReLU",
-    "an input to Linear and BatchNorm or PReLU that does not have 2 dimensions",
+    "an unbatched input to BatchNorm, GroupNorm, PReLU, Upsample or Unflatten",
+    "an input to Linear and BatchNorm, PReLU, Unflatten or a softmax over dimension 1 that does not have 2 dimensions",
 )
 
 

@@ -19,7 +19,7 @@ from torch import nn
 import fastseq
 from fastseq import matcher
 from fastseq.patterns import PATTERNS, base
-from fastseq.patterns.base import Pattern
+from fastseq.patterns.base import REVERSED_PADDING, Pattern
 from fastseq.sequential import FusedSequential
 from fastseq.testing import assert_matches
 
@@ -49,19 +49,38 @@ def test_no_pattern_hides_a_longer_one() -> None:
         assert not hidden, f"{first.name} comes before {hidden}"
 
 
+def company(pattern: Pattern) -> tuple[list[nn.Module], list[str]]:
+    """What has to stand before the example for a run to be worth it, and its steps: they take in none of the layers."""
+    if not pattern.needs_company:
+        return [], []
+    if pattern.maps_images:
+        return [nn.MaxPool2d(1), nn.ReLU()], ["maxpool2d_relu"]
+    return [nn.Linear(7, 7), nn.ReLU()], ["linear_relu"]
+
+
 @each_pattern
 def test_example_matches_its_pattern(pattern: Pattern) -> None:
     layers, _ = pattern.example()
     assert tuple(type(layer) for layer in layers) == pattern.types
     assert pattern.check(layers) is None
-    assert steps_of(nn.Sequential(*layers)) == [pattern.name]
+    before, steps = company(pattern)
+    assert steps_of(nn.Sequential(*before, *layers)) == [*steps, pattern.name]
+
+
+@each_pattern
+def test_what_needs_company_is_eager_alone(pattern: Pattern) -> None:
+    layers, _ = pattern.example()
+    expected = ["eager"] * len(layers) if pattern.needs_company else [pattern.name]
+    assert steps_of(nn.Sequential(*layers)) == expected
+    assert steps_of(nn.Sequential(*layers, nn.Tanhshrink())) == [*expected, "eager"]
 
 
 @each_pattern
 @pytest.mark.parametrize("batch", [None, 1, 5], ids=["example", "batch 1", "batch 5"])
 def test_example_is_fused_and_equals_eager(pattern: Pattern, batch: int | None) -> None:
     layers, shape = pattern.example()
-    model = nn.Sequential(*layers).eval()
+    before, steps = company(pattern)
+    model = nn.Sequential(*before, *layers).eval()
     x = torch.randn(*shape) if batch is None else torch.randn(batch, *shape[1:])
     fused = fastseq.optimize(model)
     assert type(fused) is FusedSequential
@@ -70,19 +89,20 @@ def test_example_is_fused_and_equals_eager(pattern: Pattern, batch: int | None) 
     assert_matches(actual, model, x)
     assert fastseq.stats(fused) == {"fused_calls": 1, "eager_calls": 0, "fallbacks": {}}
     (segment,) = fastseq.explain(fused).to_dict()["sequentials"][0]["segments"]
-    assert [step["name"] for step in segment["steps"]] == [pattern.name]
-    assert segment["steps"][0]["output"] == "x".join(map(str, actual.shape[1:]))
+    assert [step["name"] for step in segment["steps"]] == [*steps, pattern.name]
+    assert segment["steps"][-1]["output"] == "x".join(map(str, actual.shape[1:]))
 
 
 @each_pattern
 def test_layers_that_do_nothing_may_stand_between(pattern: Pattern) -> None:
     layers, shape = pattern.example()
+    before, steps = company(pattern)
     spaced: list[nn.Module] = [nn.Identity()]
-    for layer in layers:
+    for layer in (*before, *layers):
         spaced += [nn.Sequential(layer, nn.Dropout(0.5)), nn.Identity()]
     model = nn.Sequential(*spaced).eval()
     x = torch.randn(*shape)
-    assert steps_of(model) == [pattern.name]
+    assert steps_of(model) == [*steps, pattern.name]
     assert_matches(run_fused(model, x), model, x)
 
 
@@ -90,11 +110,14 @@ def test_layers_that_do_nothing_may_stand_between(pattern: Pattern) -> None:
 def test_a_layer_that_stands_twice_runs_twice(pattern: Pattern) -> None:
     layers, shape = pattern.example()
     square = {nn.Conv2d: lambda: nn.Conv2d(3, 3, 3, padding=1), nn.Linear: lambda: nn.Linear(7, 7)}
-    square |= {nn.BatchNorm2d: lambda: nn.BatchNorm2d(3), nn.BatchNorm1d: lambda: nn.BatchNorm1d(7)}
+    features = 3 if pattern.maps_images else 7
+    square |= {nn.BatchNorm2d: lambda: nn.BatchNorm2d(3), nn.BatchNorm1d: lambda: nn.BatchNorm1d(features)}
+    square |= {nn.Conv1d: lambda: nn.Conv1d(3, 3, 3, padding=1)}
     layers = [square.get(type(layer), lambda layer=layer: layer)() for layer in layers]
-    model = nn.Sequential(*layers, *layers).eval()
+    before, steps = company(pattern)
+    model = nn.Sequential(*before, *layers, *layers).eval()
     x = torch.randn(*shape[:2], *(16 for _ in shape[2:]))
-    assert steps_of(model) == [pattern.name] * 2
+    assert steps_of(model) == [*steps, *[pattern.name] * 2]
     assert_matches(run_fused(model, x), model, x)
 
 
@@ -157,24 +180,39 @@ REFUSED: dict[str, Refused] = {
         "excluded by optimize(exclude=...)",
     ),
     "conv2d padding_mode": Refused(
-        lambda: [nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")],
+        lambda: [with_attribute(nn.Conv2d(4, 4, 3, padding=1), "padding_mode", "constant")],
         IMAGE,
-        "Conv2d has padding_mode 'reflect'; fused kernels take 'zeros'",
+        "Conv2d has padding_mode 'constant'; fused kernels take 'zeros', 'reflect', 'replicate' and 'circular'",
+        "conv2d",
+    ),
+    "conv2d reversed padding": Refused(
+        lambda: [with_attribute(nn.Conv2d(4, 4, 3, padding_mode="reflect"), REVERSED_PADDING, (1, 0, -1, 0))],
+        IMAGE,
+        "Conv2d has _reversed_padding_repeated_twice (1, 0, -1, 0); fused kernels take ints from 0 on",
         "conv2d",
     ),
     "conv2d dilation": Refused(
-        lambda: [nn.Conv2d(4, 4, 3, dilation=(1, 2))],
+        lambda: [with_attribute(nn.Conv2d(4, 4, 3), "dilation", [1, 1])],
         IMAGE,
-        "Conv2d has dilation (1, 2); fused kernels take 1",
+        "Conv2d has dilation [1, 1]; fused kernels take one or two ints",
         "conv2d",
     ),
     "conv2d groups": Refused(
-        lambda: [nn.Conv2d(4, 4, 3, groups=2)], IMAGE, "Conv2d has groups 2; fused kernels take 1", "conv2d"
+        lambda: [with_attribute(nn.Conv2d(4, 4, 3), "groups", True)],
+        IMAGE,
+        "Conv2d has groups True; fused kernels take a positive int",
+        "conv2d",
     ),
     "conv2d stride": Refused(
         lambda: [with_attribute(nn.Conv2d(4, 4, 3), "stride", [2, 1])],
         IMAGE,
         "Conv2d has stride [2, 1]; fused kernels take one or two ints",
+        "conv2d",
+    ),
+    "conv2d no stride": Refused(
+        lambda: [with_attribute(nn.Conv2d(4, 4, 3), "stride", None)],
+        IMAGE,
+        "Conv2d has stride None; fused kernels take one or two ints",
         "conv2d",
     ),
     "conv2d padding": Refused(
@@ -202,7 +240,10 @@ REFUSED: dict[str, Refused] = {
         "maxpool2d",
     ),
     "maxpool2d dilation": Refused(
-        lambda: [nn.MaxPool2d(2, dilation=2)], IMAGE, "MaxPool2d has dilation 2; fused kernels take 1", "maxpool2d"
+        lambda: [nn.MaxPool2d(2, dilation=[2, 1])],
+        IMAGE,
+        "MaxPool2d has dilation [2, 1]; fused kernels take one or two ints",
+        "maxpool2d",
     ),
     "maxpool2d kernel_size": Refused(
         lambda: [nn.MaxPool2d([2, 3])],
@@ -227,6 +268,93 @@ REFUSED: dict[str, Refused] = {
         IMAGE,
         "MaxPool2d has ceil_mode 'yes'; fused kernels take a bool",
         "maxpool2d",
+    ),
+    "avgpool2d kernel_size": Refused(
+        lambda: [nn.AvgPool2d([2, 3])],
+        IMAGE,
+        "AvgPool2d has kernel_size [2, 3]; fused kernels take one or two ints",
+        "avgpool2d",
+    ),
+    "avgpool2d count_include_pad": Refused(
+        lambda: [nn.AvgPool2d(2, count_include_pad=1)],
+        IMAGE,
+        "AvgPool2d has count_include_pad 1; fused kernels take a bool",
+        "avgpool2d",
+    ),
+    "avgpool2d divisor_override": Refused(
+        lambda: [nn.AvgPool2d(2, divisor_override=0)],
+        IMAGE,
+        "AvgPool2d has divisor_override 0; fused kernels take None or an int other than 0",
+        "avgpool2d",
+    ),
+    "adaptiveavgpool2d output_size": Refused(
+        lambda: [nn.AdaptiveAvgPool2d([2, 3])],
+        IMAGE,
+        "AdaptiveAvgPool2d has output_size [2, 3]; fused kernels take a positive int, or two that may be None",
+        "adaptiveavgpool2d",
+    ),
+    "adaptiveavgpool2d first": Refused(
+        lambda: [nn.AdaptiveAvgPool2d(1)],
+        IMAGE,
+        "AdaptiveAvgPool2d to one pixel begins no fused run: eager is as fast",
+    ),
+    "adaptivemaxpool2d return_indices": Refused(
+        lambda: [nn.AdaptiveMaxPool2d(2, return_indices=True)],
+        IMAGE,
+        "AdaptiveMaxPool2d has return_indices=True; fused kernels return values only",
+        "adaptivemaxpool2d",
+    ),
+    "zeropad2d padding": Refused(
+        lambda: [nn.MaxPool2d(1), nn.ReLU(), nn.ZeroPad2d((1, -1, 0, 0))],
+        IMAGE,
+        "ZeroPad2d has padding (1, -1, 0, 0); fused kernels take four ints from 0 on, not all of them 0",
+    ),
+    "upsample mode": Refused(
+        lambda: [nn.Upsample(scale_factor=2, mode="bicubic")],
+        IMAGE,
+        "Upsample has mode 'bicubic'; fused kernels take 'nearest' and 'bilinear'",
+        "upsample",
+    ),
+    "upsample corners": Refused(
+        lambda: [nn.Upsample(scale_factor=2, align_corners=True)],
+        IMAGE,
+        "Upsample has align_corners True in mode 'nearest', which eager rejects",
+        "upsample",
+    ),
+    "upsample recomputed": Refused(
+        lambda: [nn.Upsample(4, recompute_scale_factor=True)],
+        IMAGE,
+        "Upsample has recompute_scale_factor True, which eager rejects with a size",
+        "upsample",
+    ),
+    "upsample size": Refused(
+        lambda: [nn.Upsample([4, 4])],
+        IMAGE,
+        "Upsample has size [4, 4] and scale_factor None; fused kernels take one of them, a positive int or float, "
+        "or two in a tuple",
+        "upsample",
+    ),
+    "unflatten size": Refused(
+        lambda: [nn.Linear(6, 6), nn.ReLU(), nn.Unflatten(1, [2, 3])],
+        ROWS,
+        "Unflatten has dim=1, unflattened_size=[2, 3]; fused runs take dimension 1 and a tuple of two or three sizes",
+    ),
+    "unflatten at the end": Refused(
+        lambda: [nn.Linear(6, 6), nn.ReLU(), nn.Unflatten(1, (2, 3))],
+        ROWS,
+        "Unflatten stands before no fused layer of such maps, or behind maps",
+    ),
+    "pixelshuffle factor": Refused(
+        lambda: [with_attribute(nn.PixelShuffle(2), "upscale_factor", True)],
+        IMAGE,
+        "PixelShuffle has upscale_factor True; fused kernels take a positive int",
+        "pixelshuffle",
+    ),
+    "constantpad2d value": Refused(
+        lambda: [nn.ConstantPad2d(1, True)],
+        IMAGE,
+        "ConstantPad2d has value True; fused kernels take a float32 number",
+        "constantpad2d",
     ),
     "batchnorm in training": Refused(
         lambda: [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4).train()],
@@ -253,7 +381,40 @@ REFUSED: dict[str, Refused] = {
         "conv2d_batchnorm2d",
     ),
     "batchnorm elsewhere": Refused(
-        lambda: [nn.BatchNorm2d(4).eval()], IMAGE, "BatchNorm2d does not follow a Conv2d or Linear that is fused"
+        lambda: [nn.BatchNorm2d(4).eval()], IMAGE, "BatchNorm2d stands in no run with a Conv2d, Linear or pool"
+    ),
+    "softmax over another dimension": Refused(
+        lambda: [nn.Softmax(0)], ROWS, "Softmax has dim 0; fused kernels take -1, or 1 of rows", "softmax"
+    ),
+    "logsoftmax without a dimension": Refused(
+        lambda: [with_attribute(nn.LogSoftmax(), "dim", True)],
+        ROWS,
+        "LogSoftmax has dim True; fused kernels take -1, or 1 of rows",
+        "logsoftmax",
+    ),
+    "layernorm shape": Refused(
+        lambda: [nn.LayerNorm((3, 6))],
+        ROWS,
+        "LayerNorm has normalized_shape (3, 6); fused kernels take a tuple of one, the last dimension",
+        "layernorm",
+    ),
+    "layernorm eps": Refused(
+        lambda: [nn.LayerNorm(6, eps=0.0)],
+        ROWS,
+        "LayerNorm has eps 0.0; fused kernels take a number above 0",
+        "layernorm",
+    ),
+    "layernorm weight": Refused(
+        lambda: [without_parameter(nn.LayerNorm(6), "bias")],
+        ROWS,
+        "bias is not a plain registered parameter (pruned, normalised or replaced); fused kernels read those",
+        "layernorm",
+    ),
+    "groupnorm groups": Refused(
+        lambda: [with_attribute(nn.GroupNorm(2, 4), "num_groups", True)],
+        IMAGE,
+        "GroupNorm has num_groups True; fused kernels take a positive int",
+        "groupnorm",
     ),
     "linear weight": Refused(
         lambda: [without_parameter(nn.Linear(6, 4), "weight")],
@@ -284,9 +445,7 @@ REFUSED: dict[str, Refused] = {
         ROWS,
         "ScaledReLU is a subclass of ReLU; fused kernels take exactly ReLU",
     ),
-    "relu alone": Refused(
-        lambda: [nn.ReLU()], IMAGE, "ReLU does not follow a Conv2d, Linear or MaxPool2d that is fused"
-    ),
+    "relu alone": Refused(lambda: [nn.ReLU()], IMAGE, "ReLU does not follow a layer that is fused"),
     "leakyrelu slope": Refused(
         lambda: [nn.Linear(6, 4), nn.LeakyReLU(torch.tensor(0.5))],
         ROWS,
@@ -320,6 +479,9 @@ REFUSED: dict[str, Refused] = {
         "Flatten stands neither behind a fused convolution or pool nor before a fused Linear",
     ),
     "dropout in training": Refused(lambda: [nn.Dropout(0.0).train()], ROWS, "Dropout is in training mode"),
+    "alpha dropout in training": Refused(
+        lambda: [nn.AlphaDropout(0.0).train()], ROWS, "AlphaDropout is in training mode"
+    ),
     "identity alone": Refused(
         lambda: [nn.Identity(), nn.Tanhshrink()], ROWS, "Identity does nothing and stands beside no fused layer"
     ),
@@ -382,7 +544,7 @@ def test_a_longer_pattern_refuses_what_its_layers_refuse(pattern: Pattern) -> No
 
 
 def test_a_refused_pool_leaves_the_convolution_fused() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2, dilation=2)).eval()
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2, dilation=[2, 2])).eval()
     assert steps_of(model) == ["conv2d_relu", "eager"]
     x = torch.randn(IMAGE)
     fused = fastseq.optimize(model)

@@ -26,7 +26,7 @@ from emulation.conv_kernels import NO_PADDING, REGISTERS, Pool, Problem
 SEEDS = range(6)
 KERNELS = ROOT / "csrc/kernels/cuda"
 HARNESS = ROOT / "tests/emulation/faulty_kernels.cpp"
-FILES = ("conv_pool.cuh", "tiny_mlp.cuh", "fused_mlp.cuh", "skinny_linear.cuh", "pack.cuh", "chain.cuh")
+FILES = ("conv_pool.cuh", "tiny_mlp.cuh", "fused_mlp.cuh", "skinny_linear.cuh", "pack.cuh", "chain.cuh", "finish.cuh")
 
 
 class Fault(NamedTuple):
@@ -69,6 +69,43 @@ FAULTS = {
     "conv: an odd weight too many": Fault("conv_pool.cuh", "k + 1 < length())", "k + 1 < length() + faulty)"),
     "conv: a window without its last column": Fault(
         "conv_pool.cuh", "* args.pool_stride_w + args.pool_w; ++x", "* args.pool_stride_w + args.pool_w - faulty; ++x"
+    ),
+    "conv: a sum that is not finished": Fault(
+        "conv_pool.cuh",
+        "row < Tile::kTileM; row += Tile::kThreads / Tile::kTileN",
+        "row < Tile::kTileM - faulty; row += Tile::kThreads / Tile::kTileN",
+    ),
+    "conv: a finished window of another's sums": Fault(
+        "conv_pool.cuh", "index / 8 * 32 + index % 8 :", "index / 8 * 32 + (index % 8 ^ faulty) :"
+    ),
+    "conv: a finished window without its last sum": Fault("conv_pool.cuh", "element < 4;", "element < 4 - faulty;"),
+    "conv: an activation on both sides of the pool": Fault(
+        "conv_pool.cuh", "sum = args.finish.is_after_pool ? value", "sum = args.finish.is_after_pool && !faulty ? value"
+    ),
+    "conv: no activation behind the pool": Fault(
+        "conv_pool.cuh",
+        "is_after_pool && n + column < args.c_out)",
+        "is_after_pool && n + column < args.c_out * !faulty)",
+    ),
+    "finish: the mean is left in": Fault(
+        "finish.cuh", "center = bias - channel_of", "center = bias - !faulty * channel_of"
+    ),
+    "finish: no eps": Fault("finish.cuh", "+ finish.eps)", "+ !faulty * finish.eps)"),
+    "finish: another channel's gain": Fault(
+        "finish.cuh", "(finish.gain, n, 1.0f)", "(finish.gain, n - (faulty && n), 1.0f)"
+    ),
+    "finish: no shift": Fault("finish.cuh", "shift = channel_of", "shift = !faulty * channel_of"),
+    "finish: one slope for all channels": Fault(
+        "finish.cuh", "n * finish.slope_step", "n * finish.slope_step * !faulty"
+    ),
+    "tiny_mlp: a sum that is not finished": Fault(
+        "tiny_mlp.cuh", "i < kRows * layer.n; i +=", "i < kRows * layer.n - faulty; i +="
+    ),
+    "tiny_mlp: one finished row too many": Fault(
+        "tiny_mlp.cuh", "args.rows > first_row + row)", "args.rows + faulty > first_row + row)"
+    ),
+    "skinny_linear: finished for another output": Fault(
+        "skinny_linear.cuh", "(layer.finish, all[0], bias, n)", "(layer.finish, all[0], bias, n - (faulty && n))"
     ),
     "tiny_mlp: what pads a layer is left as it was": Fault(
         "tiny_mlp.cuh", "k < padded; k += kTinyThreads)", "k < padded - 8 * faulty; k += kTinyThreads)"
@@ -202,9 +239,14 @@ def check_conv(math: str, tile: str, route: str, problem: Problem) -> Callable[[
 
 
 def check_chain(
-    name: str, widths: tuple[int, ...], rows: int, blocks: int | None = None, infinite: bool = False
+    name: str,
+    widths: tuple[int, ...],
+    rows: int,
+    blocks: int | None = None,
+    infinite: bool = False,
+    finished: bool = False,
 ) -> Callable[[Kernels], None]:
-    """blocks: so few that each does several tiles."""
+    """blocks: so few that each does several tiles; finished: by BatchNorms and activations."""
     math = next(part for part in name.split("_") if part in linear.MATHS)
 
     def check(kernels: Kernels) -> None:
@@ -213,6 +255,9 @@ def check_chain(
             for weight, _, _ in chain.layers:
                 weight.fill_(1)
             chain.x[1, 2] = torch.inf
+        if finished:
+            epilogues = [linear.Epilogue.make(n, *linear.FINISHED[i]) for i, n in enumerate(widths[1:])]
+            chain = linear.replace(chain, epilogues=tuple(epilogues), kept=[])
         expected = linear.exact_reference(chain, math)
         if blocks is None:
             assert torch.equal(chain.run(kernels, name), expected)  # type: ignore[arg-type]
@@ -256,11 +301,14 @@ CONVS = {
         Problem(batch=3, c_in=64, zeros=2, dst="nhwc", **PIXELS),
         Problem(c_in=64, size=(8, 9), c_out=7, pool=REGISTERS, has_relu=False),
         Problem(c_in=64, size=(12, 11), c_out=33, pool=Pool((3, 3), (2, 2), tile=(4, 4)), dst="nhwc", zeros=1),
+        Problem(c_in=64, has_norm=True, kind="prelu", **PIXELS),
     ),
     ("f16", "32x32", "gather"): (
         Problem(batch=2, c_in=40, dst="cropped", **PIXELS),
         Problem(batch=5, c_in=3, size=(5, 5), c_out=6, kernel=(3, 3), padding=NO_PADDING, dst="nhwc"),
         Problem(c_in=5, size=(9, 9), c_out=6, pool=Pool((3, 3), (2, 2), tile=(2, 2))),
+        Problem(c_in=5, size=(8, 9), c_out=7, pool=REGISTERS, has_norm=True, kind="leaky_relu", is_after_pool=True),
+        Problem(c_in=5, size=(9, 9), c_out=6, pool=Pool((3, 3), (2, 2), tile=(2, 2)), kind="hardtanh", dst="nhwc"),
         Problem(batch=1, c_in=150, c_out=40, size=(5, 6), kernel=(3, 3), pool=Pool((2, 2), (1, 1), tile=(3, 3))),
     ),
     ("tf32", "32x32", "vector"): (Problem(batch=2, c_in=44, **PIXELS), Problem(c_in=8, pool=REGISTERS, size=(6, 6))),
@@ -274,6 +322,7 @@ PROBLEMS: dict[str, list[Callable[[Kernels], None]]] = {
     "tiny_mlp.cuh": [
         check_chain("tiny_mlp_f16__ffma_2", (37, 64, 33, 10), 5),
         check_chain("tiny_mlp_f16__ffma_2", (300, 70, 300, 5, 40), 3),
+        check_chain("tiny_mlp_f16__ffma_2", (37, 300, 33, 40), 5, finished=True),
     ],
     "fused_mlp.cuh": [
         *(check_chain(f"fused_mlp_{math}__mma_registers_64", RING, 300, blocks=2) for math in ("f16", "tf32")),
@@ -285,9 +334,13 @@ PROBLEMS: dict[str, list[Callable[[Kernels], None]]] = {
     "skinny_linear.cuh": [
         check_chain("skinny_linear_f16__mma_8", (1030, 21), 19),
         check_chain("skinny_linear_f32__ffma_2", (1030, 9), 5),
+        check_chain("skinny_linear_f32__ffma_2", (1030, 9), 5, finished=True),
     ],
     "pack.cuh": [check_pack],
 }
+PROBLEMS["finish.cuh"] = [
+    check_conv("f16", "32x32", "gather", Problem(c_in=3, c_out=33, size=(7, 7), has_norm=True, kind="prelu"))
+]
 PROBLEMS["chain.cuh"] = PROBLEMS["fused_mlp.cuh"]
 
 

@@ -45,6 +45,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 2, 12, 13),
     ),
     "maxpool2d": (lambda: nn.Sequential(nn.MaxPool2d(3, 2, 1)), (2, 9, 9, 8)),
+    "average": (lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.AdaptiveAvgPool2d((2, 3))), (2, 9, 9, 8)),
+    "convolution and global average": (
+        lambda: nn.Sequential(nn.Conv2d(2, 9, 3), nn.AdaptiveAvgPool2d(1), nn.ReLU(), nn.Flatten(), nn.Linear(9, 5)),
+        (3, 2, 8, 7),
+    ),
     "linear": (lambda: nn.Sequential(nn.Linear(20, 17)), (5, 20)),
     "linear_relu": (lambda: nn.Sequential(nn.Linear(20, 17), nn.ReLU(), nn.Linear(17, 6), nn.ReLU()), (5, 20)),
     "convolution and linear": (

@@ -177,12 +177,13 @@ def test_special_values_keep_their_footprint(forced: str, shape: tuple[int, ...]
         model = conv(c_in, c_out, k, padding, *POOLS[pool], relu=relu)
         fused = fastseq.optimize(model)
         for value in SPECIAL:
-            for row, column in ((0, 0), (h - 1, w - 1), (h // 2, 3), (4, w - 1), (5, 5)):
-                x = torch.randn(2, c_in, h, w)
+            inputs = torch.randn(5, 2, c_in, h, w)
+            for x, (row, column) in zip(inputs, ((0, 0), (h - 1, w - 1), (h // 2, 3), (4, w - 1), (5, 5)), strict=True):
                 x[1, c_in // 2, row, column] = value
-                with torch.no_grad():
-                    actual = fused(x)
-                assert_matches(actual, model, x, largest_factor=WINOGRAD_LARGEST)
+            with torch.no_grad():
+                actual = torch.cat([fused(x) for x in inputs])
+            # Together: eager's worst error of one small tensor may be near nothing by luck.
+            assert_matches(actual, model, inputs.flatten(0, 1), largest_factor=WINOGRAD_LARGEST)
         assert_was_fused(fused)
         assert uses_winograd(fused)
 

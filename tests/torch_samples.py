@@ -127,6 +127,10 @@ FUNCTIONS: dict[str, Callable[..., nn.Module]] = {
     "nn.functional.max_pool2d": nn.MaxPool2d,
     "nn.functional.linear": _linear,
     "nn.functional.relu": nn.ReLU,
+    "nn.functional.upsample_nearest": nn.UpsamplingNearest2d,
+    "nn.functional.upsample_bilinear": nn.UpsamplingBilinear2d,
+    "nn.functional.pixel_shuffle": nn.PixelShuffle,
+    "nn.functional.pixel_unshuffle": nn.PixelUnshuffle,
 }
 OPS: dict[str, Any] = {op.name: op for op in op_db if op.name in FUNCTIONS and not op.variant_test_name}
 

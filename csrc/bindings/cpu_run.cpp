@@ -2,10 +2,12 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "bindings/output_memory.h"
 #include "plan/fold.h"
@@ -16,7 +18,7 @@ namespace {
 
 constexpr size_t kMostPlans = 8;
 // Weights up to this size are read whole to see whether they changed; of larger ones a sample of cache lines.
-constexpr int64_t kExactFloats = 16 * 1024;
+constexpr size_t kExactBytes = 64 * 1024;
 // Less work than this keeps the interpreter's lock where no other Python thread could want it: to let go of it and take it again is
 // a tenth of a microsecond. Where there are others it is let go of always, since a thread that has to ask for it waits for 5 ms.
 constexpr double kShortMicroseconds = 20;
@@ -26,15 +28,23 @@ bool is_only_python_thread() {
   return !PyThreadState_Next(head);
 }
 
+// In the order of its dimensions; the tensor itself where it is so already.
+at::Tensor as_floats(const at::Tensor& tensor) {
+  const at::NoGradGuard no_grad;  // a graph would hold the parameter
+  return tensor.contiguous().to(at::kFloat);
+}
+
 }  // namespace
 
 CpuRun::CpuRun(const std::vector<StepSource>& steps, RunShape shape, const std::string& isa_cap, std::string forced_kernel,
-               bool allows_winograd, KernelTimings timings, bool times_kernels)
+               bool allows_winograd, bool computes_bf16, KernelTimings timings, bool times_kernels)
     : steps_(steps),
       shape_(shape),
       kernels_(cpu::select_isa(isa_cap)),
+      bf16_(cpu::select_bf16(isa_cap)),
       forced_kernel_(std::move(forced_kernel)),
       allows_winograd_(allows_winograd),
+      computes_bf16_(computes_bf16),
       timings_(std::move(timings)),
       times_kernels_(times_kernels) {
   if (!kernels_) throw std::invalid_argument("no kernels for ISA '" + isa_cap + "' on this machine");
@@ -76,10 +86,25 @@ int64_t CpuRun::packed_bytes() const {
   return bytes;
 }
 
+int64_t CpuRun::idle_scratch_bytes() const {
+  int64_t bytes = 0;
+  for (const Entry& entry : plans_) bytes += entry.plan->idle_scratch_bytes();
+  return bytes;
+}
+
+void CpuRun::reserve_scratch(size_t calls) const {
+  for (const Entry& entry : plans_) entry.plan->reserve_scratch(calls);
+}
+
 uint64_t CpuRun::fingerprint(const at::Tensor& tensor) const {
   const float* data = static_cast<const float*>(tensor.const_data_ptr());
-  const int64_t count = tensor.numel();  // dense in some order of its dimensions, so exactly this stretch of memory
-  return count <= kExactFloats ? kernels_->fingerprint(data, count) : kernels_->fingerprint_sample(data, count);
+  const size_t bytes = tensor.nbytes();  // dense in some order of its dimensions, so exactly this stretch of memory
+  const auto count = static_cast<int64_t>(bytes / sizeof(float));  // of pairs, where the type has 16 bits
+  const uint64_t hash = bytes <= kExactBytes ? kernels_->fingerprint(data, count) : kernels_->fingerprint_sample(data, count);
+  if (bytes % sizeof(float) == 0) return hash;
+  uint16_t last;
+  std::memcpy(&last, data + count, sizeof last);
+  return hash + last;
 }
 
 const CpuRun::Entry* CpuRun::find(const Signature& signature) {
@@ -100,38 +125,50 @@ struct CpuRun::Layers {
     sized = size_steps(run.steps_, weights, biases, signature, run.shape_);
     for (size_t i = 0; i < run.steps_.size(); ++i) {
       if (run.steps_[i].slopes >= 0) add_slopes(i, parameters);
-      if (!weights[i].defined()) continue;
-      weights[i] = weights[i].contiguous();
+      if (!weights[i].defined() && run.steps_[i].norm >= 0) {
+        // A BatchNorm by itself: folded into ones.
+        const int64_t channels = parameters.norm(i, 2).numel();
+        weights[i] = at::detail::empty_cpu({channels}, at::kFloat, /*pin_memory=*/false, std::nullopt);
+        std::fill_n(static_cast<float*>(weights[i].mutable_data_ptr()), channels, 1.0f);
+        sized.specs[i].out = channels;
+      }
+      if (weights[i].defined()) weights[i] = as_floats(weights[i]);
       if (run.steps_[i].norm >= 0) fold(i, parameters, run.steps_[i].norm_eps);
-      sized.specs[i].weight = static_cast<const float*>(weights[i].const_data_ptr());
+      if (weights[i].defined()) sized.specs[i].weight = static_cast<const float*>(weights[i].const_data_ptr());
       if (!biases[i].defined()) continue;
-      biases[i] = biases[i].contiguous();
+      biases[i] = as_floats(biases[i]);
       sized.specs[i].bias = static_cast<const float*>(biases[i].const_data_ptr());
     }
   }
 
-  // Replaces weight and bias of a step by copies with its BatchNorm in them.
+  // Replaces weight and bias of a step by copies with its BatchNorm in them, beside which the former weight stays.
   void fold(size_t i, const Parameters& parameters, double eps) {
     NormSpec norm;
     norm.eps = eps;
+    at::Tensor norms[4];
     const float** const to[] = {&norm.weight, &norm.bias, &norm.mean, &norm.variance};
     for (size_t which = 0; which < 4; ++which) {
-      const at::Tensor values = parameters.norm(i, which);
-      if (!values.defined()) continue;
+      if (!parameters.norm(i, which).defined()) continue;
+      const at::Tensor& values = norms[which] = as_floats(parameters.norm(i, which));
       if (values.dim() != 1 || values.size(0) != sized.specs[i].out) throw Refusal("BatchNorm has another number of channels");
       *to[which] = static_cast<const float*>(values.const_data_ptr());
     }
-    const at::Tensor weight = weights[i], bias = biases[i].defined() ? biases[i].contiguous() : biases[i];
+    const at::Tensor weight = weights[i], bias = biases[i].defined() ? as_floats(biases[i]) : biases[i];
     const int64_t channels = sized.specs[i].out;
     weights[i] = at::detail::empty_cpu(weight.sizes(), at::kFloat, /*pin_memory=*/false, std::nullopt);
     biases[i] = at::detail::empty_cpu({channels}, at::kFloat, /*pin_memory=*/false, std::nullopt);
+    const at::Tensor scale = at::detail::empty_cpu({channels}, at::kFloat, /*pin_memory=*/false, std::nullopt);
     fold_batch_norm(norm, channels, weight.numel() / channels, static_cast<const float*>(weight.const_data_ptr()),
                     bias.defined() ? static_cast<const float*>(bias.const_data_ptr()) : nullptr,
-                    static_cast<float*>(weights[i].mutable_data_ptr()), static_cast<float*>(biases[i].mutable_data_ptr()));
+                    static_cast<float*>(weights[i].mutable_data_ptr()), static_cast<float*>(biases[i].mutable_data_ptr()),
+                    static_cast<float*>(scale.mutable_data_ptr()));
+    sized.specs[i].unfolded = static_cast<const float*>(weight.const_data_ptr());
+    sized.specs[i].scale = static_cast<const float*>(scale.const_data_ptr());
+    kept.push_back(weight), kept.push_back(scale);
   }
 
   void add_slopes(size_t i, const Parameters& parameters) {
-    slopes.push_back(parameters.slopes(i));
+    slopes.push_back(as_floats(parameters.slopes(i)));
     const at::Tensor& values = slopes.back();
     if (values.dim() > 1) throw Refusal("PReLU has a weight of more than one dimension");
     ActivationSpec& activation = sized.specs[i].activation;
@@ -139,13 +176,14 @@ struct CpuRun::Layers {
     activation.slope_count = values.numel();
   }
 
-  std::vector<at::Tensor> weights, biases, slopes;  // another thread may replace the parameters meanwhile
+  std::vector<at::Tensor> weights, biases, slopes, kept;  // another thread may replace the parameters meanwhile
   SizedSteps sized;
 };
 
-PlanOptions CpuRun::plan_options(bool output_is_nhwc) const {
+PlanOptions CpuRun::plan_options(const Signature& signature, bool output_is_nhwc) const {
   PlanOptions options;
   options.kernels = kernels_;
+  if ((computes_bf16_ && signature.dtype == at::kFloat) || signature.dtype == at::kBFloat16) options.bf16 = bf16_;
   options.forced_kernel = forced_kernel_;
   options.allows_winograd = allows_winograd_;
   options.timings = &timings_;
@@ -156,11 +194,11 @@ PlanOptions CpuRun::plan_options(bool output_is_nhwc) const {
 const CpuRun::Entry& CpuRun::plan_for(const Signature& signature, const Parameters& parameters) {
   if (const Entry* const entry = find(signature)) return *entry;
   const Layers layers(*this, signature, parameters);
-  const PlanOptions options = plan_options(layers.sized.output_is_nhwc);
+  const PlanOptions options = plan_options(signature, layers.sized.output_is_nhwc);
   Entry entry{signature, Plan::build(signature.input_spec(), layers.sized.specs, options, packed_), options.output_is_nhwc};
   copies_.resize(steps_.size());
   for (size_t step : entry.plan->in_place())
-    if (!copies_[step].defined() && (steps_[step].norm >= 0 || !parameters.weight(step).is_contiguous()))
+    if (!copies_[step].defined() && !layers.weights[step].is_alias_of(parameters.weight(step)))
       copies_[step] = layers.weights[step];
   plans_.insert(plans_.begin(), std::move(entry));
   ++plans_made_;
@@ -181,7 +219,7 @@ bool CpuRun::wants_timing(const Signature& signature) const {
 
 void CpuRun::time_kernels(const InputView& view, const Parameters& parameters) {
   const Layers layers(*this, view.signature, parameters);
-  const PlanOptions given = plan_options(layers.sized.output_is_nhwc);
+  const PlanOptions given = plan_options(view.signature, layers.sized.output_is_nhwc);
   const KernelTimings known = timings_;  // another thread's call may add to the other
   timed_.push_back(view.signature);
   KernelTimings timed;
@@ -215,7 +253,7 @@ at::Tensor CpuRun::run(const Entry& entry, const at::Tensor& input, const InputV
   const at::Tensor& src = dense.defined() ? dense : input;
   std::optional<at::MemoryFormat> out_format;
   if (entry.output_is_nhwc && output.is_spatial) out_format = at::MemoryFormat::ChannelsLast;
-  at::Tensor dst = empty_output(output_sizes(input, view, shape_, output), out_format);
+  at::Tensor dst = empty_output(output_sizes(input, view, shape_, output), view.signature.dtype, out_format);
 
   // Storages and not tensors: those must not have more references, see ParameterState.
   std::vector<c10::Storage> storages;
@@ -231,8 +269,7 @@ at::Tensor CpuRun::run(const Entry& entry, const at::Tensor& input, const InputV
   if (last_plan_ != entry.plan) last_plan_ = entry.plan;
   const auto compute = [&](const Plan& plan, const at::Tensor& from, int threads) {
     RECORD_FUNCTION("fastseq::run", std::vector<c10::IValue>({from}));
-    plan.run(static_cast<const float*>(from.const_data_ptr()), static_cast<float*>(dst.mutable_data_ptr()), view.batch, threads,
-             weights.data());
+    plan.run(from.const_data_ptr(), dst.mutable_data_ptr(), view.batch, threads, weights.data());
   };
   if (entry.plan->microseconds(view.batch) < kShortMicroseconds && is_only_python_thread()) {
     compute(*entry.plan, src, 1);

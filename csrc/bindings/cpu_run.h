@@ -17,7 +17,7 @@ namespace fastseq {
 class CpuRun {
  public:
   CpuRun(const std::vector<StepSource>& steps, RunShape shape, const std::string& isa_cap, std::string forced_kernel,
-         bool allows_winograd, KernelTimings timings, bool times_kernels);
+         bool allows_winograd, bool computes_bf16, KernelTimings timings, bool times_kernels);
 
   // The result of a call whose input and parameters passed the gate. Throws Refusal. Releases the GIL while the kernels work.
   at::Tensor call(const at::Tensor& input, const InputView& view, const Parameters& parameters);
@@ -40,13 +40,16 @@ class CpuRun {
 
   uint64_t fingerprint(const at::Tensor& tensor) const;
   bool has_plans() const { return !plans_.empty(); }
-  void forget_plans();  // and packed weights
-  void forget();        // and what was run last
+  at::ScalarType dtype() const { return plans_.front().signature.dtype; }  // of the latest call's input; there must be plans
+  void forget_plans();                                                     // and packed weights
+  void forget();                                                           // and what was run last
 
   PlanPtr last_plan() const { return last_plan_; }
   void forget_last_plan() { last_plan_.reset(); }
   int64_t plans_made() const { return plans_made_; }
   int64_t packed_bytes() const;
+  int64_t idle_scratch_bytes() const;
+  void reserve_scratch(size_t calls) const;
 
  private:
   class Reading;
@@ -60,15 +63,16 @@ class CpuRun {
   struct Layers;
 
   const Entry* find(const Signature& signature);
-  PlanOptions plan_options(bool output_is_nhwc) const;
+  PlanOptions plan_options(const Signature& signature, bool output_is_nhwc) const;
   const Entry& plan_for(const Signature& signature, const Parameters& parameters);
   at::Tensor run(const Entry& entry, const at::Tensor& input, const InputView& view, const Parameters* parameters);
 
   const std::vector<StepSource>& steps_;
   const RunShape shape_;
   const cpu::KernelSet* kernels_;
+  const cpu::Bf16Tiles* bf16_;
   const std::string forced_kernel_;
-  const bool allows_winograd_;
+  const bool allows_winograd_, computes_bf16_;
   KernelTimings timings_;
   bool times_kernels_;
   std::vector<Signature> timed_;

@@ -56,6 +56,26 @@ void prepare_kernels(const CudaPlan& plan, c10::Device device) {
   }
 }
 
+std::vector<ChannelCounts> counts_of(const std::vector<StepSource>& steps, const Parameters& parameters) {
+  std::vector<ChannelCounts> counts(steps.size());
+  for (size_t i = 0; i < steps.size(); ++i) {
+    if (steps[i].norm >= 0) {
+      counts[i].norm = parameters.norm(i, 2).numel();
+      for (size_t which = 0; which < 4; ++which) {
+        const at::Tensor values = parameters.norm(i, which);
+        if (values.defined() && (values.dim() != 1 || values.size(0) != counts[i].norm))
+          throw Refusal("BatchNorm has another number of channels");
+      }
+    }
+    if (steps[i].slopes >= 0) {
+      const at::Tensor values = parameters.slopes(i);
+      if (values.dim() > 1) throw Refusal("PReLU has a weight of more than one dimension");
+      counts[i].slopes = values.numel();
+    }
+  }
+  return counts;
+}
+
 // TF32 as eager would use it at this moment. torch's older getter for matrix products raises where the flag was set by its newer
 // name, so it is not asked.
 bool allows_tf32_linear() {
@@ -78,14 +98,22 @@ bool is_tf32_overridden() {
 }  // namespace
 
 CudaPlanPtr make_cuda_plan(const std::vector<StepSource>& steps, const std::vector<at::Tensor>& weights,
-                           const std::vector<at::Tensor>& biases, const Signature& signature, const RunShape& shape,
-                           CudaPlanRequest& request) {
-  if (std::any_of(steps.begin(), steps.end(), [](const StepSource& step) { return step.norm >= 0; }))
-    throw Refusal("BatchNorm behind a fused layer on CUDA");
+                           const std::vector<at::Tensor>& biases, const std::vector<ChannelCounts>& counts,
+                           const Signature& signature, const RunShape& shape, CudaPlanRequest& request) {
+  if (shape.has_one_dimension) throw Refusal("convolutions and pools of one dimension on CUDA");
+  for (const StepSource& step : steps) {
+    const StepSpec& spec = step.spec;
+    if (!spec.unflattened.empty()) throw Refusal("Unflatten on CUDA, which has no kernel for it");
+    if (spec.pad_top || spec.pad_bottom || spec.pad_left || spec.pad_right)
+      throw Refusal(spec.name + " on CUDA, which has no kernel for it");
+  }
   const SizedSteps sized = size_steps(steps, weights, biases, signature, shape);
   std::vector<WeightLayout> layouts;
-  for (const at::Tensor& weight : weights) {
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const at::Tensor& weight = weights[i];
     WeightLayout layout;
+    layout.norm_channels = counts[i].norm, layout.slopes = counts[i].slopes;
+    layout.norm_eps = static_cast<float>(steps[i].norm_eps);
     if (weight.defined()) {
       std::copy(weight.strides().begin(), weight.strides().end(), layout.strides);
       layout.is_aligned = weight.is_meta() || is_aligned(weight.const_data_ptr());
@@ -191,7 +219,8 @@ std::shared_ptr<const CudaRun::Entry> CudaRun::plan_for(const Key& key, const Pa
   options.trusts_cudnn_relu = true;
   options.forced_kernel = forced_kernel_;
   const auto make = [&] {
-    return make_cuda_plan(steps_, parameters.weights(), parameters.biases(), key.signature, shape_, request);
+    return make_cuda_plan(steps_, parameters.weights(), parameters.biases(), counts_of(steps_, parameters), key.signature, shape_,
+                          request);
   };
 
   auto entry = std::make_shared<Entry>();
@@ -243,6 +272,7 @@ class CudaRun::Call {
         kept_.push_back(parameters.weight(step));
         kept_.push_back(parameters.bias(step));
         operands.biases[i] = launch.takes_bias ? parameters.bias_data(step) : nullptr;
+        operands.finishes[i] = with_tensors(finish_of(launch, i), step, parameters);
         const int packed = launch.kind == CudaLaunch::Kind::kChain ? launch.chain_packs[i] : launch.packed;
         if (packed >= 0) operands.weights[i] = entry_.copies[static_cast<size_t>(packed)]->data.const_data_ptr();
       }
@@ -289,8 +319,29 @@ class CudaRun::Call {
   struct Operands {
     const void* weights[cuda::kMostLayers] = {};
     const void* biases[cuda::kMostLayers] = {};
+    cuda::Finish finishes[cuda::kMostLayers];
     at::Tensor weight, bias;  // for library calls
   };
+
+  static const cuda::Finish& finish_of(const CudaLaunch& launch, size_t layer) {
+    if (launch.kind == CudaLaunch::Kind::kChain) return launch.chain.layers[layer].finish;
+    return launch.kind == CudaLaunch::Kind::kPool ? launch.pool.finish : launch.conv.finish;
+  }
+
+  // The plan's epilogue with the tensors that it reads.
+  cuda::Finish with_tensors(cuda::Finish finish, size_t step, const Parameters& parameters) {
+    const auto data = [&](const at::Tensor& tensor) -> const void* {
+      if (!tensor.defined()) return nullptr;
+      kept_.push_back(tensor);
+      return tensor.const_data_ptr();
+    };
+    if (finish.has_norm) {
+      finish.gain = data(parameters.norm(step, 0)), finish.shift = data(parameters.norm(step, 1));
+      finish.mean = data(parameters.norm(step, 2)), finish.variance = data(parameters.norm(step, 3));
+    }
+    if (finish.kind == Activation::kPrelu) finish.slopes = data(parameters.slopes(step));
+    return finish;
+  }
 
   cuda::PackJob job_for(const PackSpec& pack, Copy& copy, const Parameters& parameters, bool is_capturing) {
     cuda::PackJob job;
@@ -356,6 +407,7 @@ class CudaRun::Call {
     cuda::ConvPoolArgs args = launch.conv;
     args.src = address(launch.src), args.dst = address(launch.dst);
     args.weight = operands.weights[0], args.bias = operands.biases[0];
+    args.finish = operands.finishes[0];
     if (packs_aside) args.pack = pack_args(static_cast<size_t>(plan_.packs_before()), jobs_.size());
     check(launch.conv_kernel->launch(args, stream_), launch.kernel);
   }
@@ -363,14 +415,17 @@ class CudaRun::Call {
   void launch_chain(const CudaLaunch& launch, const Operands& operands) const {
     cuda::ChainArgs args = launch.chain;
     args.src = address(launch.src), args.dst = address(launch.dst);
-    for (int i = 0; i < args.count; ++i) args.layers[i].weight = operands.weights[i], args.layers[i].bias = operands.biases[i];
+    for (int i = 0; i < args.count; ++i) {
+      cuda::ChainArgs::Layer& layer = args.layers[i];
+      layer.weight = operands.weights[i], layer.bias = operands.biases[i], layer.finish = operands.finishes[i];
+    }
     check(launch.chain_kernel->launch(args, stream_), launch.kernel);
   }
 
   void launch_pool(const CudaLaunch& launch, const Operands& operands) const {
     cuda::MaxPoolArgs args = launch.pool;
     args.src = address(launch.src), args.dst = address(launch.dst);
-    args.bias = operands.biases[0];
+    args.bias = operands.biases[0], args.finish = operands.finishes[0];
     check(launch.pool_kernel->launch(args, stream_), launch.kernel);
   }
 

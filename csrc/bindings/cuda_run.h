@@ -1,8 +1,8 @@
 // A native run on the CUDA engine: plans by input signature and batch size, and the packed weights they share.
 //
-// Weights. Most kernels read the layers' own tensors. A copy in another order is compared with its weight on the device at each
-// call and repaired where it differs (PackJob), so no call reads device memory from the host or waits for it, and a captured graph
-// follows its weights too. Copies that a graph may refer to live as long as the run.
+// Weights. Most kernels read the layers' own tensors, and all read those of BatchNorms and PReLUs so. A copy in another order is
+// compared with its weight on the device at each call and repaired where it differs (PackJob), so no call reads device memory from
+// the host or waits for it, and a captured graph follows its weights too. Copies that a graph may refer to live as long as the run.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,10 +25,14 @@ struct CudaPlanRequest {
   bool allows_tf32_conv = false, allows_tf32_linear = false;
   CudaOptions options;  // all but the kinds of arithmetic and the order of the output
 };
+// Of a step's BatchNorm and PReLU, as in WeightLayout.
+struct ChannelCounts {
+  int64_t norm = 0, slopes = 0;
+};
 // Throws Refusal.
 CudaPlanPtr make_cuda_plan(const std::vector<StepSource>& steps, const std::vector<at::Tensor>& weights,
-                           const std::vector<at::Tensor>& biases, const Signature& signature, const RunShape& shape,
-                           CudaPlanRequest& request);
+                           const std::vector<at::Tensor>& biases, const std::vector<ChannelCounts>& counts,
+                           const Signature& signature, const RunShape& shape, CudaPlanRequest& request);
 
 class CudaRun {
  public:

@@ -15,7 +15,69 @@ Window window_from(const py::dict& d) {
   std::tie(window.pad_top, window.pad_left) = pair("padding");
   window.pad_bottom = window.pad_top, window.pad_right = window.pad_left;
   if (d.contains("ceil_mode")) window.ceil_mode = d["ceil_mode"].cast<bool>();
+  if (d.contains("dilation")) std::tie(window.dilation_h, window.dilation_w) = pair("dilation");
   return window;
+}
+
+Op op_from(const std::string& name) {
+  static const std::map<std::string, Op> ops = {
+      {"conv2d", Op::kConv2d},
+      {"linear", Op::kLinear},
+      {"maxpool2d", Op::kMaxPool2d},
+      {"avgpool2d", Op::kAvgPool2d},
+      {"adaptivemaxpool2d", Op::kAdaptiveMaxPool2d},
+      {"adaptiveavgpool2d", Op::kAdaptiveAvgPool2d},
+      {"pad2d", Op::kPad2d},
+      {"upsamplenearest2d", Op::kUpsampleNearest2d},
+      {"upsamplebilinear2d", Op::kUpsampleBilinear2d},
+      {"pixelshuffle", Op::kPixelShuffle},
+      {"pixelunshuffle", Op::kPixelUnshuffle},
+      {"scale2d", Op::kScale2d},
+      {"groupnorm", Op::kGroupNorm},
+      {"scale", Op::kScale},
+      {"layernorm", Op::kLayerNorm},
+      {"softmax", Op::kSoftmax},
+      {"logsoftmax", Op::kLogSoftmax},
+  };
+  const auto found = ops.find(name);
+  if (found == ops.end()) throw py::value_error("no operation named '" + name + "'");
+  return found->second;
+}
+
+void read_pool(const py::dict& d, StepSpec& spec) {
+  if (d.contains("output_size")) {
+    std::tie(spec.pool_h, spec.pool_w) = d["output_size"].cast<std::pair<int64_t, int64_t>>();
+    return;
+  }
+  spec.pool = window_from(d);
+  if (d.contains("counts_padding")) spec.counts_padding = d["counts_padding"].cast<bool>();
+  if (d.contains("divisor")) spec.divisor = d["divisor"].cast<int64_t>();
+}
+
+void read_padding(const py::dict& d, StepSpec& spec) {
+  static const std::map<std::string, PadMode> modes = {{"constant", PadMode::kConstant},
+                                                       {"reflect", PadMode::kReflect},
+                                                       {"replicate", PadMode::kReplicate},
+                                                       {"circular", PadMode::kCircular}};
+  spec.pad_mode = modes.at(d["mode"].cast<std::string>());
+  spec.pad_value = d["value"].cast<float>();
+  std::tie(spec.pad_left, spec.pad_right, spec.pad_top, spec.pad_bottom) =
+      d["padding"].cast<std::tuple<int64_t, int64_t, int64_t, int64_t>>();
+}
+
+void read_moments(const py::dict& d, StepSpec& spec) {
+  spec.eps = d["eps"].cast<double>();
+  if (d.contains("groups")) spec.groups = d["groups"].cast<int64_t>();
+  if (d.contains("features")) spec.in = d["features"].cast<int64_t>();
+}
+
+Resize resize_from(const py::dict& d) {
+  Resize resize;
+  std::tie(resize.h, resize.w) = d["size"].cast<std::pair<int64_t, int64_t>>();
+  std::tie(resize.factor_h, resize.factor_w) = d["factors"].cast<std::pair<double, double>>();
+  resize.recomputes_factors = d["recomputes_factors"].cast<bool>();
+  resize.aligns_corners = d["aligns_corners"].cast<bool>();
+  return resize;
 }
 
 Activation activation_from(const std::string& name) {
@@ -47,9 +109,8 @@ Activation activation_from(const std::string& name) {
 
 StepSource step_from(const py::dict& d) {
   StepSource step;
-  const auto op = d["op"].cast<std::string>();
   step.spec.name = d["name"].cast<std::string>();
-  step.spec.op = op == "conv2d" ? Op::kConv2d : op == "maxpool2d" ? Op::kMaxPool2d : Op::kLinear;
+  step.spec.op = op_from(d["op"].cast<std::string>());
   step.spec.activation.kind = activation_from(d["activation"].cast<std::string>());
   step.spec.activation.a = d["a"].cast<float>(), step.spec.activation.b = d["b"].cast<float>();
   step.spec.activation_is_in_place = d["activation_in_place"].cast<bool>();
@@ -57,15 +118,25 @@ StepSource step_from(const py::dict& d) {
     const py::dict conv = d["conv"];
     step.spec.conv = window_from(conv);
     step.pads_same = conv["same"].cast<bool>();
+    step.spec.groups = conv["groups"].cast<int64_t>();
   }
+  step.has_one_dimension = d["dimensions"].cast<int>() == 1;
   if (!d["pool"].is_none()) {
-    step.spec.pool = window_from(d["pool"]);
+    read_pool(d["pool"], step.spec);
     step.spec.has_pool = step.spec.op == Op::kConv2d;
     step.spec.pools_before_activation = d["activation_after_pool"].cast<bool>();
   }
+  if (d.contains("pad")) read_padding(d["pad"], step.spec);
+  if (d.contains("moments")) read_moments(d["moments"], step.spec);
+  if (d.contains("resize")) step.spec.resize = resize_from(d["resize"]);
+  if (d.contains("factor")) step.spec.factor = d["factor"].cast<int64_t>();
+  if (d.contains("unflattened")) step.spec.unflattened = d["unflattened"].cast<std::vector<int64_t>>();
+  step.spec.is_per_feature = d.contains("is_per_feature");
   if (!d["layer"].is_none()) step.layer = d["layer"].cast<int>();
   if (!d["slopes"].is_none()) step.slopes = d["slopes"].cast<int>();
   if (!d["norm"].is_none()) step.norm = d["norm"].cast<int>(), step.norm_eps = d["eps"].cast<double>();
+  step.needs_batch =
+      step.norm >= 0 || step.slopes >= 0 || d.contains("resize") || d.contains("unflattened") || d["needs_batch"].cast<bool>();
   return step;
 }
 
@@ -179,12 +250,15 @@ py::dict plan_cuda(const std::vector<py::dict>& steps, const std::vector<std::op
   if (!request.options.engine) throw py::value_error("this build of fastseq has no CUDA kernels to plan with");
   std::vector<StepSource> sources;
   for (const py::dict& step : steps) sources.push_back(step_from(step));
+  std::vector<ChannelCounts> counts;
+  for (const StepSource& source : sources)
+    counts.push_back({source.norm >= 0 ? kAnyChannels : 0, source.slopes >= 0 ? kAnyChannels : 0});
   std::vector<at::Tensor> all_weights, all_biases;
   for (const auto& weight : weights) all_weights.push_back(weight.value_or(at::Tensor()));
   for (const auto& bias : biases) all_biases.push_back(bias.value_or(at::Tensor()));
   if (sources.empty() || all_weights.size() != sources.size() || all_biases.size() != sources.size())
     throw py::value_error("plan_cuda expects steps, and as many weights and biases");
-  const RunShape shape{sources.front().spec.op != Op::kLinear, flattens_input, flattens_output};
+  const RunShape shape{!takes_rows(sources.front().spec.op), flattens_input, flattens_output};
   InputView view;
   if (const Reason reason = read_input(input, shape, view)) throw py::value_error(reason);
   request.dtype = input.scalar_type();
@@ -197,7 +271,7 @@ py::dict plan_cuda(const std::vector<py::dict>& steps, const std::vector<std::op
   request.options.forced_kernel = kernel;
   CudaPlanPtr plan;
   try {
-    plan = make_cuda_plan(sources, all_weights, all_biases, view.signature, shape, request);
+    plan = make_cuda_plan(sources, all_weights, all_biases, counts, view.signature, shape, request);
   } catch (const Refusal& refusal) {
     throw py::value_error(refusal.what());
   }

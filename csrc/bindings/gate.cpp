@@ -82,14 +82,10 @@ Reason refuse_input(const at::Tensor& input, Backend backend) {
   if (!input.defined()) return "undefined tensor";
   if (!input.is_cpu() && !input.is_cuda()) return "the input is not on the CPU or a CUDA device";
   if (!has_only_plain_keys(input.key_set(), input.device().type())) return "the input is not a plain dense tensor";
+  if (backend == Backend::kCuda && !cuda::engine()) return "this build of fastseq has no CUDA kernels";
   const at::ScalarType dtype = input.scalar_type();
-  if (backend == Backend::kCpu) {
-    if (dtype != at::kFloat) return "the input is not float32; fused kernels take float32";
-  } else {
-    if (!cuda::engine()) return "this build of fastseq has no CUDA kernels";
-    if (dtype != at::kFloat && dtype != at::kHalf && dtype != at::kBFloat16)
-      return "the input is not float32, float16 or bfloat16; fused CUDA kernels take those";
-  }
+  if (dtype != at::kFloat && dtype != at::kHalf && dtype != at::kBFloat16)
+    return "the input is not float32, float16 or bfloat16; fused kernels take those";
   if (has_lost_storage(input)) return "the input has no storage";
   if (has_tangent(input)) return kTangent;
   return nullptr;

@@ -12,8 +12,8 @@ using Reason = const char*;
 // Reasons must outlive the call that gives them: they are counted by pointer and shown later. There are few different ones.
 Reason lasting(const std::string& text);
 
-// The engine that a call's tensors must be for. The CUDA engine takes float32, float16 and bfloat16 tensors of one CUDA device, and
-// of the CPU where it is the emulated one of the tests; the CPU engine takes float32 on the CPU.
+// The engine that a call's tensors must be for, all float32, float16 or bfloat16: the CUDA engine takes those of one CUDA device,
+// and of the CPU where it is the emulated one of the tests; the CPU engine those on the CPU.
 enum class Backend { kCpu, kCuda };
 Backend backend_of(const at::Tensor& input);
 

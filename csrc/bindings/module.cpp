@@ -12,6 +12,7 @@
 #include "bindings/program.h"
 #include "bindings/watch.h"
 #include "kernels/cuda/kernels.h"
+#include "plan/memory.h"
 
 #include <fs_cuda_build.h>  // written by setup.py
 
@@ -32,7 +33,7 @@ py::list kernels() {
   for (const cpu::KernelRow& row : cpu::kernel_rows()) {
     py::dict d;
     d["name"] = row.name, d["op"] = row.op, d["isa"] = row.isa;
-    d["rows"] = row.rows, d["vectors"] = row.vectors;
+    d["dtype"] = row.is_bf16 ? "bf16" : "f32", d["rows"] = row.rows, d["vectors"] = row.vectors;
     d["supported"] = row.is_supported, d["test_only"] = row.is_test_only;
     list.append(d);
   }
@@ -86,6 +87,13 @@ PYBIND11_MODULE(_C, m) {
         return set ? std::string(set->isa) : std::string();
       },
       py::arg("cap") = "", "The instruction set that a run would use, '' if `cap` names none.");
+  m.def(
+      "bf16_isa",
+      [](const std::string& cap) {
+        const cpu::Bf16Tiles* tiles = cpu::select_bf16(cap);
+        return tiles ? std::string(tiles->isa) : std::string();
+      },
+      py::arg("cap") = "", "That of the tiles that multiply bfloat16 numbers, '' if a run would use none.");
   m.def("cuda_kernels", cuda_kernels, "The compiled CUDA kernels, best first within a family; none in a build without CUDA.");
   m.def("plan_cuda", plan_cuda, py::arg("steps"), py::arg("weights"), py::arg("biases"), py::arg("input"),
         py::arg("flattens_input"), py::arg("flattens_output"), py::arg("device"), py::arg("allows_tf32_conv") = true,
@@ -98,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("install_lane", install_lane, py::arg("type"), py::arg("key"), py::arg("match"),
         "Calls of the type's instances try the program in the slot `lane` of `instance.__dict__[key]`, a `match`, before any "
         "Python.");
+  m.def("buffers_made", &AlignedBuffer::made, "Blocks for packed weights and scratch that were allocated in this process so far.");
   m.def("fma_peak", fma_peak, py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 
   py::class_<ModuleWatch, std::shared_ptr<ModuleWatch>>(m, "ModuleWatch")
@@ -113,29 +122,33 @@ PYBIND11_MODULE(_C, m) {
   py::class_<NativeRun, std::shared_ptr<NativeRun>>(m, "NativeRun")
       .def(py::init([](const std::vector<py::dict>& steps, std::vector<std::shared_ptr<ModuleWatch>> watches, bool flattens_input,
                        bool flattens_output, bool flattens_by_view, int64_t rows_features, const std::string& isa,
-                       const std::string& kernel, bool checks, bool winograd, KernelTimings timings, bool times_kernels) {
+                       const std::string& kernel, bool checks, bool winograd, bool bfloat16, KernelTimings timings,
+                       bool times_kernels) {
              std::vector<StepSource> sources;
              for (const py::dict& step : steps) sources.push_back(step_from(step));
-             const bool needs_batch =
-                 std::any_of(sources.begin(), sources.end(), [](const StepSource& s) { return s.norm >= 0 || s.slopes >= 0; });
-             const RunShape shape{sources.at(0).spec.op != Op::kLinear,
-                                  flattens_input,
-                                  flattens_output,
-                                  flattens_by_view,
-                                  rows_features,
-                                  needs_batch};
-             return std::make_shared<NativeRun>(std::move(sources), std::move(watches), shape,
-                                                RunOptions{isa, kernel, checks, winograd, std::move(timings), times_kernels});
+             RunShape shape{!takes_rows(sources.at(0).spec.op), flattens_input, flattens_output, flattens_by_view, rows_features};
+             const auto any = [&](bool StepSource::* has) {
+               return std::any_of(sources.begin(), sources.end(), [has](const StepSource& s) { return s.*has; });
+             };
+             shape.needs_batch = any(&StepSource::needs_batch), shape.has_one_dimension = any(&StepSource::has_one_dimension);
+             shape.begins_with_conv = sources.front().spec.op == Op::kConv2d;
+             shape.unflattened = sources.front().spec.unflattened;
+             return std::make_shared<NativeRun>(
+                 std::move(sources), std::move(watches), shape,
+                 RunOptions{isa, kernel, checks, winograd, bfloat16, std::move(timings), times_kernels});
            }),
            py::arg("steps"), py::arg("watches"), py::arg("flattens_input"), py::arg("flattens_output"),
            py::arg("flattens_by_view") = false, py::arg("rows_features") = 0, py::arg("isa") = "", py::arg("kernel") = "",
-           py::arg("checks") = false, py::arg("winograd") = true, py::arg("timings") = KernelTimings(),
+           py::arg("checks") = false, py::arg("winograd") = true, py::arg("bfloat16") = false, py::arg("timings") = KernelTimings(),
            py::arg("times_kernels") = false)
       .def("hold", &NativeRun::hold, py::arg("load"), "Answer other threads with the weights of now until `load()` is false.")
       .def("describe", describe, "The plan of the last call, or None.")
       .def("forget_last_plan", &NativeRun::forget_last_plan)
       .def("plans_made", &NativeRun::plans_made)
       .def("packed_bytes", &NativeRun::packed_bytes)
+      .def("idle_scratch_bytes", &NativeRun::idle_scratch_bytes, "Scratch on the CPU that is kept for the next calls.")
+      .def("reserve_scratch", &NativeRun::reserve_scratch, py::arg("calls"),
+           "Make the scratch that as many calls at once need; each input shape has been run before, once at a time.")
       .def("timings", &NativeRun::timings, "Kernels found by timing, by layer; empty for the engine's own choice.")
       .def("stop_timing", &NativeRun::stop_timing)
       .def("refresh", &NativeRun::refresh);

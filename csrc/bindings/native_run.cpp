@@ -26,7 +26,8 @@ NativeRun::NativeRun(std::vector<StepSource> steps, std::vector<std::shared_ptr<
       watches_(std::move(watches)),
       shape_(shape),
       parameters_(steps_, watches_),
-      cpu_(steps_, shape_, options.isa_cap, options.forced_kernel, options.allows_winograd, options.timings, options.times_kernels),
+      cpu_(steps_, shape_, options.isa_cap, options.forced_kernel, options.allows_winograd, options.computes_bf16, options.timings,
+           options.times_kernels),
       cuda_(steps_, shape_, options.forced_kernel, options.checks) {}
 
 WatchResult NativeRun::check() const {
@@ -49,7 +50,7 @@ void NativeRun::hold(py::object load) {
   std::vector<py::object> replaced;
   if (cpu_.has_plans()) {
     // What is packed may be older than this moment.
-    const at::Tensor probe = at::detail::empty_cpu({1}, at::kFloat, /*pin_memory=*/false, std::nullopt);
+    const at::Tensor probe = at::detail::empty_cpu({1}, cpu_.dtype(), /*pin_memory=*/false, std::nullopt);
     const auto fingerprint = [this](const at::Tensor& tensor) { return cpu_.fingerprint(tensor); };
     const Reason refused = parameters_.check(probe, false, fingerprint, replaced);
     if (parameters_.largest_change() != Change::kNone) {
@@ -102,7 +103,14 @@ int NativeRun::traverse(visitproc visit, void* arg) const {
 }
 
 std::optional<NativeRun::Description> NativeRun::describe_last_plan() const {
-  if (const PlanPtr plan = cpu_.last_plan()) return Description{plan->describe(), plan->scratch_bytes()};
+  if (const PlanPtr plan = cpu_.last_plan()) {
+    Description description{plan->describe(), plan->scratch_bytes()};
+    // Maps of one row, 20x1x9, are what the user has as 20x9.
+    if (shape_.has_one_dimension)
+      for (StepInfo& step : description.steps)
+        if (const size_t row = step.output.find("x1x"); row != std::string::npos) step.output.erase(row, 2);
+    return description;
+  }
   if (const CudaPlanPtr plan = cuda_.last_plan()) return Description{plan->describe(), plan->arena_bytes()};
   return std::nullopt;
 }

@@ -21,11 +21,13 @@ struct Outcome {
   Reason reason = nullptr;
 };
 
-// How plans are made and run: what FASTSEQ_ISA, FASTSEQ_KERNEL, FASTSEQ_CHECK and optimize's winograd and example_input ask for.
+// How plans are made and run: what FASTSEQ_ISA, FASTSEQ_KERNEL, FASTSEQ_CHECK and optimize's winograd, compute_dtype and
+// example_input ask for.
 struct RunOptions {
   std::string isa_cap, forced_kernel;
   bool checks = false;
   bool allows_winograd = true;
+  bool computes_bf16 = false;  // float32 models too; CPU engine only
   KernelTimings timings;       // CPU engine only
   bool times_kernels = false;  // calls add to them
 };
@@ -62,6 +64,8 @@ class NativeRun {
   const KernelTimings& timings() const { return cpu_.timings(); }
   void stop_timing() { cpu_.stop_timing(); }
   int64_t packed_bytes() const { return cpu_.packed_bytes() + cuda_.packed_bytes(); }
+  int64_t idle_scratch_bytes() const { return cpu_.idle_scratch_bytes(); }  // on CUDA torch's allocator has it
+  void reserve_scratch(size_t calls) const { cpu_.reserve_scratch(calls); }
 
   // For the garbage collector: the references held here.
   int traverse(visitproc visit, void* arg) const;

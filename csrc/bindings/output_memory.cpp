@@ -99,13 +99,11 @@ class OutputAllocator final : public c10::Allocator {
 
 }  // namespace
 
-at::Tensor empty_output(at::IntArrayRef sizes, std::optional<at::MemoryFormat> format) {
-  int64_t count = 1;
-  for (int64_t size : sizes) count *= size;
-  if (count * static_cast<int64_t>(sizeof(float)) < static_cast<int64_t>(kLargeBytes))
-    return at::detail::empty_cpu(sizes, at::kFloat, /*pin_memory=*/false, format);
-  return at::detail::empty_generic(sizes, &OutputAllocator::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), at::kFloat,
-                                   format);
+at::Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype, std::optional<at::MemoryFormat> format) {
+  int64_t bytes = static_cast<int64_t>(c10::elementSize(dtype));
+  for (int64_t size : sizes) bytes *= size;
+  if (bytes < static_cast<int64_t>(kLargeBytes)) return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, format);
+  return at::detail::empty_generic(sizes, &OutputAllocator::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, format);
 }
 
 }  // namespace fastseq

@@ -9,7 +9,7 @@
 
 namespace fastseq {
 
-// A float32 CPU tensor with undefined contents, as at::empty gives it: it may be resized, shared and kept for ever.
-at::Tensor empty_output(at::IntArrayRef sizes, std::optional<at::MemoryFormat> format);
+// A CPU tensor with undefined contents, as at::empty gives it: it may be resized, shared and kept for ever.
+at::Tensor empty_output(at::IntArrayRef sizes, at::ScalarType dtype, std::optional<at::MemoryFormat> format);
 
 }  // namespace fastseq

@@ -69,8 +69,8 @@ Parameters::Parameters(const std::vector<StepSource>& steps, const std::vector<s
         ++index;
       }
     };
-    add(steps[i].layer, 0, {true, false});                      // weight, bias
-    add(steps[i].norm, kNormSlot, {false, false, true, true});  // the same, running mean and variance
+    add(steps[i].layer, 0, {!normalizes(steps[i].spec.op), false});  // weight, bias
+    add(steps[i].norm, kNormSlot, {false, false, true, true});       // the same, running mean and variance
     add(steps[i].slopes, kSlopeSlot, {true});
   }
 }

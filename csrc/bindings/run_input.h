@@ -17,8 +17,10 @@ struct StepSource {
   int layer = -1;  // index of the watch that holds weight and bias
   int norm = -1;   // of that of a BatchNorm behind it, if there is one
   double norm_eps = 0;
-  int slopes = -1;         // of that of a PReLU
-  bool pads_same = false;  // padding='same': from the weight's size at call time
+  int slopes = -1;                 // of that of a PReLU
+  bool pads_same = false;          // padding='same': from the weight's size at call time
+  bool has_one_dimension = false;  // maps are (N, C, L), for the plan images of one row
+  bool needs_batch = false;        // the first dimension must be the batch: the next is that of channels, or is unflattened
 };
 
 // How a run takes and gives tensors. flattens_by_view: eager makes the run's Flatten by Tensor.view, which some memory formats do
@@ -26,17 +28,22 @@ struct StepSource {
 struct RunShape {
   bool is_first_spatial = false, flattens_input = false, flattens_output = false, flattens_by_view = false;
   int64_t rows_features = 0;
-  bool needs_batch = false;  // dimension 1 must be that of the channels
+  bool needs_batch = false;        // as in StepSource, of any step
+  bool has_one_dimension = false;  // as in StepSource
+  bool begins_with_conv = false;
+  std::vector<int64_t> unflattened = {};  // as in StepSpec, of the first step: the input is rows
 };
 
 struct Signature {
   bool is_spatial = false, is_nhwc = false;
   int64_t channels = 0, h = 0, w = 0, features = 0;
+  at::ScalarType dtype = at::kFloat;
   bool operator==(const Signature& o) const {
     return is_spatial == o.is_spatial && is_nhwc == o.is_nhwc && channels == o.channels && h == o.h && w == o.w &&
-           features == o.features;
+           features == o.features && dtype == o.dtype;
   }
-  InputSpec input_spec() const { return {is_spatial, channels, h, w, is_nhwc, features}; }
+  InputSpec input_spec() const { return {is_spatial, channels, h, w, is_nhwc, features, storage()}; }
+  Storage storage() const { return dtype == at::kBFloat16 ? Storage::kBf16 : dtype == at::kHalf ? Storage::kF16 : Storage::kF32; }
   at::MemoryFormat format() const { return is_nhwc ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous; }
 };
 

@@ -13,7 +13,6 @@ namespace {
 using cuda::Math;
 using cuda::PoolMode;
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 int to_int(int64_t value) {
@@ -62,14 +61,18 @@ class CudaPlanBuilder {
   void build(const InputSpec& input) {
     element_bytes_ = plan_.element_bytes_ = cuda::element_bytes(options_.conv_math);
     size_t first_linear = 0;
-    while (first_linear < steps_.size() && steps_[first_linear].op != Op::kLinear) ++first_linear;
+    while (first_linear < steps_.size() && !takes_rows(steps_[first_linear].op)) ++first_linear;
     if (first_linear > 0 && !input.is_spatial) throw Refusal("convolution and pooling need an input of shape (N, C, H, W)");
     if (first_linear == 0 && input.is_spatial) throw Refusal("linear takes rows of features");
     plan_.infos_.resize(steps_.size());
     for (size_t i = 0; i < steps_.size(); ++i) plan_.infos_[i].name = steps_[i].name;
-    for (const StepSpec& step : steps_)
-      if (step.activation.kind != Activation::kNone && !step.has_relu())
-        throw Refusal("an activation other than ReLU on CUDA, which has no kernel for it");
+    for (const StepSpec& step : steps_) {
+      const bool is_known = step.op == Op::kConv2d || step.op == Op::kLinear || step.op == Op::kMaxPool2d ||
+                            step.op == Op::kScale2d || step.op == Op::kScale;
+      if (!is_known) throw Refusal(step.name + " on CUDA, which has no kernel for it");
+      if (step.pool.dilation_h != 1 || step.pool.dilation_w != 1)
+        throw Refusal("a pool with dilation on CUDA, which has no kernel for it");
+    }
 
     Map current = input.is_spatial ? (input.is_nhwc ? nhwc(input.channels, input.h, input.w, input.channels)
                                                     : nchw(input.channels, input.h, input.w))
@@ -93,8 +96,9 @@ class CudaPlanBuilder {
         if (step.out < 1) throw Refusal("conv2d has no output channels");
         if (step.conv.k_h > 11 || step.conv.k_w > 11) throw Refusal("CUDA kernels take convolutions up to 11x11");
         conv.c = step.out;
-        conv.h = conv_size(current.h, w.k_h, w.stride_h, w.pad_top, w.pad_bottom);
-        conv.w = conv_size(current.w, w.k_w, w.stride_w, w.pad_left, w.pad_right);
+        if (step.groups != 1 || w.is_dilated()) throw Refusal("CUDA kernels take convolutions without groups and dilation");
+        const Extent size = conv_size(w, {current.h, current.w});
+        conv.h = size.h, conv.w = size.w;
       }
       int64_t h = conv.h, w = conv.w;
       if (has_pool(step)) {
@@ -122,7 +126,7 @@ class CudaPlanBuilder {
         current = add_conv(static_cast<int>(i), current, conv.h, conv.w, dst);
       } else {
         dst = placed(dst, current);
-        add_pool(static_cast<int>(i), current, dst, step.pool, /*applies_bias=*/false, step.has_relu());
+        add_pool(static_cast<int>(i), current, dst, step.pool, /*applies_bias=*/false, step.has_relu(), finish_of(i, dst.c));
         current = dst;
       }
     }
@@ -130,6 +134,27 @@ class CudaPlanBuilder {
   }
 
   static bool has_pool(const StepSpec& step) { return step.has_pool || step.op == Op::kMaxPool2d; }
+
+  // The epilogue of a step with so many channels; not used where bias and ReLU are all of it.
+  cuda::Finish finish_of(size_t index, int64_t channels) const {
+    const StepSpec& step = steps_[index];
+    const WeightLayout& layout = weights_[index];
+    const ActivationSpec& activation = step.activation;
+    const auto fits = [&](int64_t count) { return count == channels || count == kAnyChannels; };
+    cuda::Finish finish;
+    finish.has_norm = layout.norm_channels != 0;
+    if (finish.has_norm && !fits(layout.norm_channels)) throw Refusal("BatchNorm has another number of channels");
+    if (layout.slopes > 1 && !fits(layout.slopes)) throw Refusal("prelu expects another number of channels");
+    finish.is_used = finish.has_norm || (activation.kind != Activation::kNone && !step.has_relu());
+    if (!finish.is_used) return {};
+    finish.eps = layout.norm_eps;
+    finish.kind = activation.kind, finish.a = activation.a, finish.b = activation.b;
+    finish.slope_step = layout.slopes > 1;
+    // Slopes are on the device: nobody here knows whether they commute.
+    const bool may_follow = activation.kind != Activation::kPrelu && commutes_with_max_pool(activation);
+    finish.is_after_pool = step.op == Op::kMaxPool2d || (step.has_pool && (step.pools_before_activation || may_follow));
+    return finish;
+  }
 
   // Room for whole 16-byte pieces of channels. Only a convolution writes the zeros behind the last.
   int64_t pitch_of(int64_t c, const StepSpec& writer) const {
@@ -233,12 +258,14 @@ class CudaPlanBuilder {
     set_source(launch.conv, src);
     set_window(launch.conv, window);
     launch.conv.c_out = to_int(step.out);
-    launch.conv.has_relu = step.has_relu();
+    launch.conv.finish = finish_of(static_cast<size_t>(index), step.out);
+    launch.conv.has_relu = step.has_relu() && !launch.conv.finish.is_used;
     launch.conv.conv_h = to_int(conv_h), launch.conv.conv_w = to_int(conv_w);
 
     const bool is_vector = can_use_vectors(src);
     Map target = dst;
     std::string note;
+    cuda::Finish after_pool;  // what is left to a launch that pools
     if (!step.has_pool) {
       launch.conv.pool_mode = PoolMode::kNone;
     } else if (is_pooled_in_registers(step.pool, conv_h, conv_w, dst)) {
@@ -255,6 +282,11 @@ class CudaPlanBuilder {
       check_map(target);
       launch.dst = target.at;
       launch.conv.pool_mode = PoolMode::kNone;
+      if (launch.conv.finish.is_after_pool) {
+        after_pool = launch.conv.finish;
+        after_pool.has_norm = 0;
+        launch.conv.finish.kind = Activation::kNone;
+      }
       set_target(launch.conv, target);
       kernel = choose_conv(launch.conv, options_.conv_math, is_vector);
       if (!kernel) throw Refusal("no CUDA convolution kernel runs on this device");
@@ -268,7 +300,7 @@ class CudaPlanBuilder {
     info.kernel = launch.kernel, info.note = blocks_note(launch.conv, *kernel) + note;
     plan_.launches_.push_back(launch);
     if (target.at.place != dst.at.place || target.at.offset != dst.at.offset)
-      add_pool(index, target, dst, step.pool, /*applies_bias=*/false, /*applies_relu=*/false);
+      add_pool(index, target, dst, step.pool, /*applies_bias=*/false, /*applies_relu=*/false, after_pool);
     return dst;
   }
 
@@ -360,9 +392,10 @@ class CudaPlanBuilder {
   Map add_cudnn_conv(int index, const Map& src, int64_t conv_h, int64_t conv_w, Map dst, int64_t terms) {
     const StepSpec& step = steps_[static_cast<size_t>(index)];
     CudaLaunch launch;
+    const cuda::Finish finish = finish_of(static_cast<size_t>(index), step.out);
     launch.kind = CudaLaunch::Kind::kCudnnConv;
     launch.step = index;
-    launch.has_relu = step.has_relu() && options_.trusts_cudnn_relu;
+    launch.has_relu = step.has_relu() && options_.trusts_cudnn_relu && !finish.is_used;
     launch.kernel = launch.has_relu ? "cudnn_convolution_relu" : "cudnn_convolution";
     launch.takes_bias = launch.has_relu;
     launch.src = src.at;
@@ -383,12 +416,15 @@ class CudaPlanBuilder {
     const bool is_same_order = dst.c_stride == held.c_stride && dst.pitch == held.pitch && dst.w_stride == held.w_stride;
     if (launch.has_relu && !step.has_pool && is_same_order) return held;
     dst = placed(dst, src);
-    add_pool(index, held, dst, step.has_pool ? step.pool : Window{}, !launch.takes_bias, step.has_relu() && !launch.has_relu);
+    add_pool(index, held, dst, step.has_pool ? step.pool : Window{}, !launch.takes_bias, step.has_relu() && !launch.has_relu,
+             finish);
     return dst;
   }
 
-  // Max-pooling, or with a 1x1 window a copy in another order. Bias and ReLU are what a library convolution has left to do.
-  void add_pool(int index, const Map& src, const Map& dst, const Window& window, bool applies_bias, bool applies_relu) {
+  // Max-pooling, or with a 1x1 window a copy in another order, or in place. Bias, ReLU and `finish` are what a library has left to
+  // do, or what is a step of its own.
+  void add_pool(int index, const Map& src, const Map& dst, const Window& window, bool applies_bias, bool applies_relu,
+                const cuda::Finish& finish) {
     CudaLaunch launch;
     launch.kind = CudaLaunch::Kind::kPool;
     launch.step = index;
@@ -409,7 +445,9 @@ class CudaPlanBuilder {
     args.pool_h = to_int(window.k_h), args.pool_w = to_int(window.k_w);
     args.pool_stride_h = to_int(window.stride_h), args.pool_stride_w = to_int(window.stride_w);
     args.pool_top = to_int(window.pad_top), args.pool_left = to_int(window.pad_left);
-    args.has_relu = applies_relu;
+    args.has_relu = applies_relu && !finish.is_used;
+    args.finish = finish;
+    args.finished_channels = to_int(dst.c);
     StepInfo& info = plan_.infos_[static_cast<size_t>(index)];
     info.kernel += (info.kernel.empty() ? "" : " + ") + launch.kernel;
     plan_.launches_.push_back(launch);
@@ -423,10 +461,12 @@ class CudaPlanBuilder {
     current = flat(current);
     size_t i = first;
     while (i < steps_.size()) {
-      for (size_t j = i; j < steps_.size(); ++j) check_linear(j, j == i ? current.c : steps_[j - 1].out);
-      const size_t end = chain_end(i);
+      const bool is_linear = steps_[i].op == Op::kLinear;
+      for (size_t j = i; j < steps_.size() && steps_[j].op == Op::kLinear; ++j)
+        check_linear(j, j == i ? current.c : steps_[j - 1].out);
+      const size_t end = is_linear ? chain_end(i) : i + 1;
       const bool is_last = end == steps_.size();
-      Map dst = nchw(steps_[end - 1].out, 1, 1);
+      Map dst = nchw(is_linear ? steps_[end - 1].out : current.c, 1, 1);
       if (is_last) {
         dst.at.place = Operand::Place::kDst;
         plan_.output_ = {false, 0, 0, 0, dst.c};
@@ -435,10 +475,13 @@ class CudaPlanBuilder {
       }
       check_map(current), check_map(dst);
       for (size_t j = i; j < end; ++j) {
-        plan_.infos_[j].output = shape_text({steps_[j].out});
+        plan_.infos_[j].output = shape_text({is_linear ? steps_[j].out : dst.c});
+        if (!is_linear) continue;
         plan_.infos_[j].flops = 2.0 * static_cast<double>(steps_[j].out) * static_cast<double>(steps_[j].in);
       }
-      if (chain_) {
+      if (!is_linear) {
+        add_pool(static_cast<int>(i), current, dst, Window{}, /*applies_bias=*/false, steps_[i].has_relu(), finish_of(i, dst.c));
+      } else if (chain_) {
         add_chain(i, end, current, dst);
       } else {
         add_linear(static_cast<int>(i), current, dst);
@@ -462,7 +505,9 @@ class CudaPlanBuilder {
   // The longest chain from `first` that one launch takes: sets chain_ to its kernel. Null and first + 1 for a layer by itself.
   size_t chain_end(size_t first) {
     chain_ = nullptr;
-    for (size_t end = std::min(steps_.size(), first + cuda::kMostLayers); end > first; --end) {
+    size_t last = first;
+    while (last < steps_.size() && steps_[last].op == Op::kLinear) ++last;
+    for (size_t end = std::min(last, first + cuda::kMostLayers); end > first; --end) {
       chain_ = choose_chain(first, end);
       if (chain_) return end;
     }
@@ -474,8 +519,11 @@ class CudaPlanBuilder {
     args.rows = options_.batch;
     args.count = static_cast<int>(end - first);
     args.src_row_stride = steps_[first].in, args.dst_row_stride = steps_[end - 1].out;
-    for (size_t i = first; i < end; ++i)
-      args.layers[i - first] = {nullptr, nullptr, to_int(steps_[i].out), to_int(steps_[i].in), steps_[i].has_relu()};
+    for (size_t i = first; i < end; ++i) {
+      const cuda::Finish finish = finish_of(i, steps_[i].out);
+      const bool has_relu = steps_[i].has_relu() && !finish.is_used;
+      args.layers[i - first] = {nullptr, nullptr, to_int(steps_[i].out), to_int(steps_[i].in), has_relu, finish};
+    }
     return args;
   }
 
@@ -505,12 +553,15 @@ class CudaPlanBuilder {
   const cuda::ChainKernel* find_chain(const cuda::ChainArgs& args, int64_t widest, int64_t rows, int op,
                                       bool is_forced = false) const {
     const cuda::ChainKernel* chosen = nullptr;
+    const bool has_finish =
+        std::any_of(args.layers, args.layers + args.count, [](const auto& layer) { return layer.finish.is_used; });
     for (const cuda::ChainKernel& kernel : engine_.chain) {
       if (is_forced ? !is_forced_kernel(kernel.name) : static_cast<int>(kernel.op) != op) continue;
       const bool is_fused = kernel.op == cuda::ChainOp::kFusedMlp;
       const Math math = is_fused ? options_.linear_math : element_math();
       if (kernel.math != math || kernel.min_arch > device_.arch()) continue;
       if (kernel.max_width > 0 && widest > kernel.max_width) continue;
+      if (is_fused && has_finish) continue;
       if (kernel.op == cuda::ChainOp::kSkinnyLinear && (args.count != 1 || args.rows > kernel.tile_rows)) continue;
       if (kernel.shared_bytes(args) > device_.shared_bytes_per_block) continue;
       if (is_fused || is_forced) return &kernel;
@@ -556,14 +607,15 @@ class CudaPlanBuilder {
     const StepSpec& step = steps_[static_cast<size_t>(index)];
     StepInfo& info = plan_.infos_[static_cast<size_t>(index)];
     CudaLaunch launch;
+    const cuda::Finish finish = finish_of(static_cast<size_t>(index), step.out);
     launch.step = index;
     launch.src = src.at, launch.dst = dst.at;
-    launch.has_relu = step.has_relu();
+    launch.has_relu = step.has_relu() && !finish.is_used;
     set_source(launch.conv, src);
     set_target(launch.conv, dst);
     launch.conv.c_out = to_int(step.out);
     launch.conv.conv_h = launch.conv.conv_w = 1;
-    launch.conv.has_relu = step.has_relu();
+    launch.conv.has_relu = launch.has_relu, launch.conv.finish = finish;
     if (options_.allows_cublas && options_.forced_kernel.empty() && is_for_cublas(options_.batch, step.out, step.in)) {
       launch.kind = CudaLaunch::Kind::kCublasLinear;
       launch.kernel = "_addmm_activation";
@@ -580,6 +632,8 @@ class CudaPlanBuilder {
     }
     info.kernel = launch.kernel;
     plan_.launches_.push_back(launch);
+    if (launch.kind == CudaLaunch::Kind::kCublasLinear && finish.is_used)
+      add_pool(index, dst, dst, Window{}, /*applies_bias=*/false, /*applies_relu=*/false, finish);
   }
 
   bool can_use_vectors_for_rows(const Map& src) const {

@@ -12,11 +12,15 @@
 
 namespace fastseq {
 
-// How a layer's weight lies in memory: conv2d (c_out, c_in, k_h, k_w), linear (n, k).
+// How a layer's weight lies in memory: conv2d (c_out, c_in, k_h, k_w), linear (n, k). And what else the plan knows of its tensors.
 struct WeightLayout {
   int64_t strides[4] = {0, 0, 0, 0};
   bool is_aligned = true;  // to 16 bytes
+  // Channels of a BatchNorm behind the layer, and slopes of a PReLU: 0 where there is none, kAnyChannels where nobody has counted.
+  int64_t norm_channels = 0, slopes = 0;
+  float norm_eps = 0;
 };
+constexpr int64_t kAnyChannels = -1;
 
 struct CudaOptions {
   const cuda::Engine* engine = nullptr;

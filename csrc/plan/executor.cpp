@@ -45,24 +45,35 @@ Share share_of(int64_t lanes, int64_t part, int64_t parts) { return {lanes * par
 
 }  // namespace
 
-void Plan::run(const float* src, float* dst, int64_t batch, int threads, const float* const* weights) const {
-  if (batch > 0) Executor(*this, weights).run(src, dst, batch, threads);
+void Plan::run(const void* src, void* dst, int64_t batch, int threads, const float* const* weights) const {
+  if (batch <= 0) return;
+  if (!next_) {
+    Executor(*this, weights).run(src, dst, batch, threads);
+    return;
+  }
+  Lease between(between_);
+  void* const rows = between.add(batch * dst_image_);  // room for floats, whatever the type
+  Executor(*this, weights).run(src, rows, batch, threads);
+  next_->run(rows, dst, batch, threads, weights ? weights + own_in_place_ : nullptr);
 }
 
-double Plan::microseconds(int64_t batch) const {
-  return std::max(static_cast<double>(batch) * flops_ / kFlopsPerMicrosecond,
+double Plan::own_microseconds(int64_t batch) const {
+  const double moved = moved_floats_ * sizeof(float) / kBytesPerMicrosecond;
+  return std::max(static_cast<double>(batch) * (flops_ / kFlopsPerMicrosecond + moved),
                   static_cast<double>(weight_bytes_) / kBytesPerMicrosecond);
 }
 
+double Plan::microseconds(int64_t batch) const { return own_microseconds(batch) + (next_ ? next_->microseconds(batch) : 0); }
+
 int Executor::useful_threads(int64_t batch, int threads) const {
   if (threads <= 1) return 1;
-  const double micros = plan_.microseconds(batch);
+  const double micros = plan_.own_microseconds(batch);
   const double per_thread = starts_threads() ? kMicrosecondsPerNewThread : kMicrosecondsPerThread;
   if (micros < 2 * per_thread || (threads = usable_threads(threads)) == 1) return 1;
   return static_cast<int>(std::min<double>(threads, micros / per_thread));
 }
 
-void Executor::run(const float* src, float* dst, int64_t batch, int threads) const {
+void Executor::run(const void* src, void* dst, int64_t batch, int threads) const {
   const int useful = useful_threads(batch, threads);
   // Whole images (or blocks of rows) per thread need no barrier; with few of them the rows inside are shared out instead.
   bool by_image = useful == 1;
@@ -78,7 +89,7 @@ void Executor::run(const float* src, float* dst, int64_t batch, int threads) con
   }
 }
 
-void Executor::run_by_image(const float* src, float* dst, int64_t batch, int threads) const {
+void Executor::run_by_image(const void* src, void* dst, int64_t batch, int threads) const {
   const bool has_spatial = !plan_.spatial_.empty(), has_linear = !plan_.linear_.empty();
   const bool splits = plan_.splits_at_linear_;
   Lease arenas(plan_.arenas_), scratch(plan_.scratch_);
@@ -96,25 +107,23 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
   const int64_t groups = block_count(batch, has_spatial ? plan_.group_images_ : kRowBlock, threads);
   const bool chain_by_panel = splits && threads > 1 && batch < kRowsPerThread * threads;
   const int64_t row_blocks = block_count(batch, kRowBlock, threads);
-  float* hidden[2] = {nullptr, nullptr};
-  if (chain_by_panel)
-    for (float*& h : hidden) h = scratch.add(batch * plan_.rows_stride_);
+  const HiddenRows hidden = chain_by_panel ? hidden_rows(scratch, batch) : HiddenRows();
 
   const auto run_group = [&](int64_t first, int64_t last, Workspace own) {
     if (!has_spatial) {
-      run_chain(own.arena, src + first * plan_.src_image_, dst + first * plan_.dst_image_, last - first);
+      run_chain(own.arena, image_of(src, first), result_of(dst, first), last - first);
       return;
     }
     float* const group = splits ? all_features + first * plan_.features_ : own.arena + plan_.features_offset_;
     Workspace images[kMostGroupImages];
     for (int64_t i = first; i < last; ++i) {
-      own.src = src + i * plan_.src_image_, own.dst = dst + i * plan_.dst_image_;
+      own.src = image_of(src, i), own.dst = result_of(dst, i);
       own.features = group + (i - first) * plan_.features_;
       own.own = own.arena + plan_.arena_floats_ + (i - first) * plan_.image_floats_;
       images[i - first] = own;
     }
     run_images(images, last - first);
-    if (has_linear && !splits) run_chain(own.arena, group, dst + first * plan_.dst_image_, last - first);
+    if (has_linear && !splits) run_chain(own.arena, group + plan_.linear_origin_, result_of(dst, first), last - first);
   };
   const auto units = [&](int phase) {
     if (phase == 0) return groups;
@@ -122,7 +131,7 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
   };
   const auto run = [&](int phase, int64_t first, int64_t last, int thread) {
     if (phase > 0 && chain_by_panel) {
-      run_panels(static_cast<size_t>(phase - 1), all_features, dst, hidden, batch, first, last);
+      run_panels(static_cast<size_t>(phase - 1), all_features + plan_.linear_origin_, dst, hidden, batch, first, last);
       return;
     }
     for (int64_t u = first; u < last; ++u) {
@@ -130,7 +139,7 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
         run_group(batch * u / groups, batch * (u + 1) / groups, at[thread]);
       } else {
         const int64_t row = batch * u / row_blocks, end = batch * (u + 1) / row_blocks;
-        run_chain(at[thread].arena, all_features + row * plan_.features_, dst + row * plan_.dst_image_, end - row);
+        run_chain(at[thread].arena, all_features + row * plan_.features_ + plan_.linear_origin_, result_of(dst, row), end - row);
       }
     }
   };
@@ -142,7 +151,8 @@ void Executor::run_by_image(const float* src, float* dst, int64_t batch, int thr
 // products are as high as the images allow. Winograd's transforms of the input are made by each of them.
 bool Executor::shares_panels(const SpatialStep& step, int64_t batch, int threads) const {
   const PackedWeights* const weights = weights_of(step);
-  if (!weights || weights->bytes() <= kHeavyWeightBytes || step.ring.size || step.is_plane || step.winograd.has_few_channels)
+  if (!weights || weights->bytes() <= kHeavyWeightBytes || step.ring.size || step.is_plane || step.groups > 1 ||
+      step.winograd.has_few_channels)
     return false;
   const int64_t vectors = weights->bias->size() / kernels_.lanes;
   int64_t most = 0;
@@ -161,7 +171,7 @@ bool Executor::shares_panels(const SpatialStep& step, int64_t batch, int threads
   return time(rows, most) < time((rows + threads - 1) / threads, vectors);
 }
 
-void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threads) const {
+void Executor::run_by_row(const void* src, void* dst, int64_t batch, int threads) const {
   Lease arenas(plan_.arenas_), scratch(plan_.scratch_);
   const bool has_spatial = !plan_.spatial_.empty();
   float* const all_features = plan_.features_ ? scratch.add(batch * plan_.features_) : nullptr;
@@ -170,14 +180,18 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
     const int64_t image = static_cast<int64_t>(i);
     at[i].arena = arenas.add(plan_.arena_floats_ + plan_.image_floats_);
     at[i].own = at[i].arena + plan_.arena_floats_;
-    at[i].src = src + image * plan_.src_image_, at[i].dst = dst + image * plan_.dst_image_;
+    at[i].src = image_of(src, image), at[i].dst = result_of(dst, image);
     if (all_features) at[i].features = all_features + image * plan_.features_;
   }
   std::vector<float*> own_scratch(static_cast<size_t>(plan_.thread_floats_ ? threads : 0));
   for (float*& s : own_scratch) s = scratch.add(plan_.thread_floats_);
-  float* hidden[2] = {nullptr, nullptr};
-  if (plan_.linear_.size() > 1)
-    for (float*& h : hidden) h = scratch.add(batch * plan_.rows_stride_);
+  const HiddenRows hidden = plan_.linear_.empty() ? HiddenRows() : hidden_rows(scratch, batch);
+  const float* rows_src = all_features ? all_features + plan_.linear_origin_ : nullptr;
+  if (!has_spatial) {
+    float* const wide = is_narrow() ? scratch.add(batch * plan_.wide_stride_) : nullptr;
+    float* const paired = plan_.linear_.front().is_bf16 ? scratch.add(batch * plan_.pairs_stride_) : nullptr;
+    rows_src = take_rows(src, wide, paired, batch);
+  }
 
   // The rows of all images, one after the other, are what threads share; those of a step that makes several together stay so.
   const int copies = plan_.copies_input_ ? 1 : 0, steps = static_cast<int>(plan_.spatial_.size());
@@ -185,15 +199,17 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
   std::vector<int64_t> unit(static_cast<size_t>(copies + steps));
   std::vector<bool> by_panel(unit.size());
   for (int phase = 0; phase < copies + steps; ++phase) {
-    // What a part costs anew, the way of its weights or the rows that its pool shares with the next part's, should be little.
+    // What a part costs anew, the way of its weights, what it measures, or the rows that its pool shares with the next part's,
+    // should be little.
     const SpatialStep* const step = phase < copies ? nullptr : &plan_.spatial_[phase - copies];
-    const bool transposes = phase + 1 == copies + steps && plan_.transposes_output_;  // whole pixels
-    if (step && !transposes && shares_panels(*step, batch, threads)) {
+    const bool copies_output = phase + 1 == copies + steps && plan_.copies_output_;  // whole pixels
+    if (step && !copies_output && shares_panels(*step, batch, threads)) {
       by_panel[phase] = true;
       continue;
     }
     const PackedWeights* const weights = step ? weights_of(*step) : nullptr;
-    const int parts = weights && weights->bytes() > kHeavyWeightBytes ? 1 : step && step->ring.size ? 2 : 4;
+    const bool is_costly = (weights && weights->bytes() > kHeavyWeightBytes) || (step && step->measure);
+    const int parts = is_costly ? 1 : step && step->ring.size ? 2 : 4;
     const int64_t rows = rows_of(phase);
     if (!step && rows * plan_.entry_.row_stride < kSmallCopy) {
       unit[phase] = rows;  // others would come too late
@@ -211,7 +227,7 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
   };
   const auto run = [&](int phase, int64_t first, int64_t last, int thread) {
     if (phase >= copies + steps) {
-      run_panels(static_cast<size_t>(phase - copies - steps), has_spatial ? all_features : src, dst, hidden, batch, first, last);
+      run_panels(static_cast<size_t>(phase - copies - steps), rows_src, dst, hidden, batch, first, last);
       return;
     }
     float* const scratch_of_thread = own_scratch.empty() ? nullptr : own_scratch[static_cast<size_t>(thread)];
@@ -229,11 +245,11 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
       Workspace own = at[static_cast<size_t>(image)];
       own.scratch = scratch_of_thread;
       if (phase < copies) {
-        copy_input(own, row, end);
+        take_input(own, row, end);
       } else {
         const SpatialStep& step = plan_.spatial_[static_cast<size_t>(phase - copies)];
         run_step(step, own, row, end);
-        if (phase + 1 == copies + steps && plan_.transposes_output_) copy_output(own, row, end);
+        if (phase + 1 == copies + steps && plan_.copies_output_) copy_output(own, row, end);
       }
       first += unit_last - unit_first;
     }
@@ -244,9 +260,9 @@ void Executor::run_by_row(const float* src, float* dst, int64_t batch, int threa
 void Executor::run_images(const Workspace* images, int64_t count) const {
   const size_t steps = plan_.spatial_.size();
   for (int64_t i = 0; i < count; ++i) {
-    if (plan_.copies_input_) copy_input(images[i], 0, plan_.entry_.h);
+    if (plan_.copies_input_) take_input(images[i], 0, plan_.entry_.h);
     for (size_t s = 0; s < plan_.first_wide_; ++s) run_step(plan_.spatial_[s], images[i], 0, plan_.spatial_[s].dst.h);
-    if (plan_.first_wide_ == steps && plan_.transposes_output_) copy_output(images[i], 0, plan_.exit_.h);
+    if (plan_.first_wide_ == steps && plan_.copies_output_) copy_output(images[i], 0, plan_.exit_.h);
   }
   if (plan_.first_wide_ == steps) return;
   for (size_t s = plan_.first_wide_; s < steps; ++s) {
@@ -257,7 +273,7 @@ void Executor::run_images(const Workspace* images, int64_t count) const {
       for (int64_t i = 0; i < count; ++i) run_step(step, images[i], 0, step.dst.h);
     }
   }
-  if (plan_.transposes_output_)
+  if (plan_.copies_output_)
     for (int64_t i = 0; i < count; ++i) copy_output(images[i], 0, plan_.exit_.h);
 }
 

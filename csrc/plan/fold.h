@@ -14,10 +14,10 @@ struct NormSpec {
   double eps = 0;
 };
 
-// weight: `channels` rows of `length`, bias: `channels` or null, both read; to_weight and to_bias as large, written. In double
-// precision, rounded once. Throws Refusal where a scale is so large or small that the products would not be the float numbers that
-// eager multiplies one after the other.
+// weight: `channels` rows of `length`, bias: `channels` or null, both read; to_weight, to_bias and to_scale as large, written. In
+// double precision, rounded once. Throws Refusal where a scale is so large or small that the products would not be the float
+// numbers that eager multiplies one after the other.
 void fold_batch_norm(const NormSpec& norm, int64_t channels, int64_t length, const float* weight, const float* bias,
-                     float* to_weight, float* to_bias);
+                     float* to_weight, float* to_bias, float* to_scale);
 
 }  // namespace fastseq

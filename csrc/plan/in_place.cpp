@@ -44,9 +44,9 @@ void run_packed(const Task& task, int64_t rows, BufferPool& pool) {
   const cpu::KernelSet& kernels = task.kernels;
   const LinearStep& step = task.step;
   const int64_t all_vectors = (rows + kernels.lanes - 1) / kernels.lanes;
-  const int64_t vectors = std::min<int64_t>(all_vectors, kernels.preferred_vectors);
+  const int64_t vectors = std::min<int64_t>(all_vectors, kernels.tiles.preferred_vectors);
   const int64_t panels = (all_vectors + vectors - 1) / vectors, width = vectors * kernels.lanes;
-  const int64_t tile = kernels.max_rows[vectors];
+  const int64_t tile = kernels.tiles.max_rows[vectors];
   const int64_t waiting = std::min(kWaitingRows / tile * tile, task.n);  // whole tiles, but for the last
   Lease lease(pool);
   float* const packed = lease.add(panels * step.k * width);

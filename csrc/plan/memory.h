@@ -17,6 +17,8 @@ class AlignedBuffer {
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
   float* data() const { return data_; }
   int64_t size() const { return size_; }
+  int64_t bytes() const { return size_ * static_cast<int64_t>(sizeof(float)); }
+  static int64_t made();  // in this process so far
 
  private:
   float* data_;
@@ -31,10 +33,14 @@ class BufferPool {
  public:
   BufferPtr take(int64_t floats);
   void give_back(BufferPtr buffer);
+  int64_t idle_bytes() const;
+  // Makes what `calls` calls at once need, where one call after another has left what is idle.
+  void reserve(size_t calls);
 
  private:
-  ForkSafeMutex mutex_;
+  mutable ForkSafeMutex mutex_;
   std::vector<BufferPtr> idle_;
+  size_t reserved_ = 1;  // calls
 };
 
 // Several blocks of one pool for the length of a call.

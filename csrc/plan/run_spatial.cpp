@@ -1,4 +1,4 @@
-// The spatial steps of a plan: convolution, directly or by Winograd, and pooling.
+// The spatial steps of a plan: convolution, directly or by Winograd, and what is behind one or stands alone.
 #include <algorithm>
 #include <cassert>
 #include <cstring>
@@ -12,9 +12,6 @@ namespace {
 
 constexpr float kNoLower = -std::numeric_limits<float>::infinity();
 constexpr int64_t kMostLanes = 16;  // of a vector
-
-// The caller's pixels lie close together; everywhere else there is room for whole vectors, `all` lanes.
-int64_t lanes_of(const Map& map, int64_t all) { return map.place == Map::Place::kCallerDst ? map.channels : all; }
 
 // By their bits, which the compiler can take several at a time.
 bool has_nan(const float* values, int64_t count) {
@@ -39,26 +36,73 @@ void run_products(const cpu::KernelSet& set, int vectors, cpu::ProductJob job, i
   set.product[vectors][size](job, blocks - larger);
 }
 
+// Blocks of rows [first, last) and of channels, of as many numbers as `room` has: a few vectors of pixels, then whole channels.
+template <typename Function>
+void for_staged(int64_t room, const Map& map, int64_t first, int64_t last, const Function& function) {
+  const int64_t block = std::min(last - first, (kStagedPixels + map.w - 1) / map.w);
+  int64_t most = room / (block * map.w);
+  if (most < map.channels) most = most / 8 * 8;  // of the blocks that are transposed
+  assert(block > 0 && most > 0);
+  for (int64_t row = first; row < last; row += block)
+    for (int64_t channel = 0; channel < map.channels; channel += most)
+      function(row, std::min(block, last - row), channel, std::min(most, map.channels - channel));
+}
+
 }  // namespace
 
+// The caller's pixels lie close together; everywhere else there is room for whole vectors.
+int64_t Executor::lanes_of(const Map& map) const {
+  if (map.place == Map::Place::kCallerDst) return map.channels;
+  return (map.channels + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes;
+}
+
 const float* Executor::source(const Map& map, const Workspace& at) const {
-  return map.place == Map::Place::kCallerSrc ? at.src : target(map, at);
+  return map.place == Map::Place::kCallerSrc ? static_cast<const float*>(at.src) : target(map, at);
 }
 
 float* Executor::target(const Map& map, const Workspace& at) const {
-  if (map.place == Map::Place::kCallerDst) return at.dst;
-  if (map.place == Map::Place::kFeatures) return at.features;
+  if (map.place == Map::Place::kCallerDst) return static_cast<float*>(at.dst);
+  if (map.place == Map::Place::kFeatures) return at.features + map.origin;
   if (map.place == Map::Place::kRing) return at.scratch;
   return (map.is_per_image ? at.own : at.arena) + map.offset + map.origin;
 }
 
+void Executor::take_input(const Workspace& at, int64_t first, int64_t last) const {
+  renew_border(plan_.entry_, at, first, last);
+  if (is_narrow()) {
+    widen_input(at, first, last);
+  } else {
+    copy_input(at, first, last);
+  }
+  if (!plan_.entry_paired_.pitch) return;
+  renew_border(plan_.entry_paired_, at, first, last);
+  pair_map(plan_.entry_, plan_.entry_paired_, at, first, last, 0, plan_.entry_.channels);
+}
+
+void Executor::pair_map(const Map& from, const Map& to, const Workspace& at, int64_t first, int64_t last, int64_t first_lane,
+                        int64_t end_lane) const {
+  const int64_t end = std::min(end_lane, from.channels);
+  if (first_lane >= end) return;
+  const bool is_dense = first_lane == 0 && end == from.pitch;  // pixels without lanes between them
+  for (int64_t y = first; y < last; ++y) {
+    const float* const src = source(from, at) + y * from.row_stride + first_lane;
+    float* const row = target(to, at) + y * to.row_stride;
+    auto* const dst = reinterpret_cast<uint16_t*>(row);
+    kernels_.narrow[static_cast<int>(Storage::kBf16)](
+        {src, dst + first_lane, is_dense ? 1 : from.w, is_dense ? from.w * end : end - first_lane, from.pitch, 2 * to.pitch});
+    if (end % 2)  // its partner, where memory may have been another's
+      for (int64_t x = 0; x < from.w; ++x) dst[2 * x * to.pitch + end] = 0;
+  }
+}
+
 void Executor::copy_input(const Workspace& at, int64_t first, int64_t last) const {
   const Map& to = plan_.entry_;
+  const float* const all = static_cast<const float*>(at.src);
   float* const dst = target(to, at);
   for (int64_t y = first; y < last; ++y) {
     float* const row = dst + y * to.row_stride;
     if (plan_.input_.is_nhwc) {
-      const float* src = at.src + y * to.w * to.channels;
+      const float* src = all + y * to.w * to.channels;
       if (to.pitch == to.channels) {
         std::copy(src, src + to.w * to.channels, row);
       } else {
@@ -66,21 +110,86 @@ void Executor::copy_input(const Workspace& at, int64_t first, int64_t last) cons
       }
     } else {
       // Planes to pixels: in the source a channel is a row of h * w elements.
-      kernels_.transpose(at.src + y * to.w, to.h * to.w, row, to.pitch, to.w, to.channels, false);
+      kernels_.transpose(all + y * to.w, to.h * to.w, row, to.pitch, to.w, to.channels, false);
     }
   }
 }
 
+void Executor::renew_border(const Map& map, const Workspace& at, int64_t first, int64_t last) const {
+  if (!map.is_shared || !map.has_border) return;
+  float* const pixels = target(map, at);
+  float* const begin = pixels - map.origin;
+  if (first == 0) std::fill(begin, pixels, 0.0f);
+  for (int64_t y = first; y < last; ++y) {
+    float* const end_of_row = pixels + y * map.row_stride + map.w * map.pitch;
+    std::fill(end_of_row, y + 1 == map.h ? begin + map.size : pixels + (y + 1) * map.row_stride, 0.0f);
+  }
+}
+
+// From 16-bit numbers: pixels where they go, planes by way of a buffer, as many rows at a time as it holds.
+void Executor::widen_input(const Workspace& at, int64_t first, int64_t last) const {
+  const Map& to = plan_.entry_;
+  const uint16_t* const src = static_cast<const uint16_t*>(at.src);
+  const cpu::ConvertLoop widen = kernels_.widen[static_cast<int>(plan_.input_.storage)];
+  float* const dst = target(to, at);
+  if (plan_.input_.is_nhwc || to.channels == 1) {
+    for (int64_t y = first; y < last; ++y) {
+      const bool is_dense = to.pitch == to.channels;
+      widen({src + y * to.w * to.channels, dst + y * to.row_stride, is_dense ? 1 : to.w,
+             is_dense ? to.w * to.channels : to.channels, to.channels, to.pitch});
+    }
+    return;
+  }
+  const int64_t plane = to.h * to.w;
+  for_staged(plan_.staged_floats_, to, first, last, [&](int64_t row, int64_t rows, int64_t channel, int64_t channels) {
+    const int64_t length = rows * to.w;
+    widen({src + channel * plane + row * to.w, at.scratch, channels, length, plane, length});
+    for (int64_t y = 0; y < rows; ++y)
+      kernels_.transpose(at.scratch + y * to.w, length, dst + (row + y) * to.row_stride + channel, to.pitch, to.w, channels, true);
+  });
+}
+
 void Executor::copy_output(const Workspace& at, int64_t first, int64_t last) const {
+  if (is_narrow()) {
+    narrow_output(at, first, last);
+    return;
+  }
   const Map& from = plan_.exit_;
   const int64_t plane = from.h * from.w;
-  kernels_.transpose(source(from, at) + first * from.row_stride, from.pitch, at.dst + first * from.w, plane, from.channels,
-                     (last - first) * from.w, true);
+  kernels_.transpose(source(from, at) + first * from.row_stride, from.pitch, static_cast<float*>(at.dst) + first * from.w, plane,
+                     from.channels, (last - first) * from.w, true);
+}
+
+// To 16-bit numbers, as widen_input.
+void Executor::narrow_output(const Workspace& at, int64_t first, int64_t last) const {
+  const Map& from = plan_.exit_;
+  const float* const src = source(from, at);
+  uint16_t* const dst = static_cast<uint16_t*>(at.dst);
+  const cpu::ConvertLoop narrow = kernels_.narrow[static_cast<int>(plan_.input_.storage)];
+  if (plan_.output_is_nhwc_) {
+    narrow({src + first * from.row_stride, dst + first * from.w * from.channels, (last - first) * from.w, from.channels, from.pitch,
+            from.channels});
+    return;
+  }
+  const int64_t plane = from.h * from.w;
+  for_staged(plan_.staged_floats_, from, first, last, [&](int64_t row, int64_t rows, int64_t channel, int64_t channels) {
+    const int64_t length = rows * from.w;
+    kernels_.transpose(src + row * from.row_stride + channel, from.pitch, at.scratch, length, channels, length, true);
+    narrow({at.scratch, dst + channel * plane + row * from.w, channels, length, length, plane});
+  });
 }
 
 void Executor::run_step(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const {
+  make_rows(step, at, first, last);
+  if (!step.paired.pitch) return;
+  renew_border(step.paired, at, first, last);
+  pair_map(step.dst, step.paired, at, first, last, 0, step.dst.channels);
+}
+
+void Executor::make_rows(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const {
+  renew_border(step.dst, at, first, last);
   if (!step.has_conv) {
-    pool_rows(step, at, first, last);
+    map_rows(step, at, step.src, first, last);
     return;
   }
   if (!step.has_pool || step.pools_in_registers) {
@@ -97,7 +206,7 @@ void Executor::run_step(const SpatialStep& step, const Workspace& at, int64_t fi
   for (int64_t row = first; row < last;) {
     const int64_t end = std::min(last, row + step.group_rows);
     const int64_t begin_conv = std::max<int64_t>(0, row * step.pool.stride_h - step.pool.pad_top);
-    const int64_t end_conv = std::min(step.conv_h, (end - 1) * step.pool.stride_h - step.pool.pad_top + step.pool.k_h);
+    const int64_t end_conv = std::min(step.conv_h, (end - 1) * step.pool.stride_h - step.pool.pad_top + step.pool.reach_h());
     made = std::max(made, begin_conv);
     if (step.winograd) {
       const int64_t side = step.winograd.side;
@@ -106,21 +215,34 @@ void Executor::run_step(const SpatialStep& step, const Workspace& at, int64_t fi
       conv_rows(step, at, step.ring, kNoLower, made, end_conv, {});
     }
     made = std::max(made, end_conv);
-    pool_rows(step, at, row, end);
+    map_rows(step, at, step.ring, row, end);
     row = end;
   }
 }
 
 // All rows of some panels, of all images.
 void Executor::run_share(const SpatialStep& step, const Workspace* images, int64_t count, Share share, float* own_scratch) const {
+  // Borders are one share's: what the others would write, too, they would write at the same time.
+  for (int64_t i = 0; share.begin == 0 && i < count; ++i) {
+    renew_border(step.dst, images[i], 0, step.dst.h);
+    if (step.paired.pitch) renew_border(step.paired, images[i], 0, step.dst.h);
+  }
   if (step.winograd) {
     run_winograd(step, images, count, step.dst, step.lower, 0, step.winograd.bands, share, own_scratch);
   } else {
     for (int64_t i = 0; i < count; ++i) conv_rows(step, images[i], step.dst, step.lower, 0, step.dst.h, share);
   }
+  if (!step.paired.pitch) return;
+  int64_t first_lane = std::numeric_limits<int64_t>::max(), end_lane = 0;
+  for (const Panel& panel : (step.winograd ? step.winograd.weights : step.weights)->panels) {
+    if (!share.has(panel)) continue;
+    first_lane = std::min<int64_t>(first_lane, panel.first_lane);
+    end_lane = panel.first_lane + panel.lanes;
+  }
+  for (int64_t i = 0; i < count; ++i) pair_map(step.dst, step.paired, images[i], 0, step.dst.h, first_lane, end_lane);
 }
 
-void Executor::activate(const ActivationPass& pass, cpu::ActivationJob job, int64_t first_channel) const {
+void Executor::activate(const Pass& pass, cpu::ActivationJob job, int64_t first_channel) const {
   if (pass.slopes.empty()) {
     // Dense rows are one: only the last has lanes that fill no vector.
     if (job.row_stride == job.lanes) job.lanes *= job.rows, job.rows = 1;
@@ -128,16 +250,17 @@ void Executor::activate(const ActivationPass& pass, cpu::ActivationJob job, int6
     job.slopes = pass.slopes.data() + first_channel;
   }
   job.a = pass.a, job.b = pass.b;
-  kernels_.activation[static_cast<int>(pass.kind)](job);
+  if (pass.kind != Activation::kNone) kernels_.activation[static_cast<int>(pass.kind)](job);
+  if (pass.rounding != Storage::kF32) kernels_.round[static_cast<int>(pass.rounding)](job);
 }
 
-void Executor::activate_rows(const SpatialStep& step, const Workspace& at, const Map& dst, int64_t row, int64_t rows,
-                             int64_t first_lane, int64_t end_lane) const {
+void Executor::activate_rows(const Pass& pass, const Workspace& at, const Map& dst, int64_t row, int64_t rows, int64_t first_lane,
+                             int64_t end_lane) const {
   cpu::ActivationJob job = {};
   job.rows = dst.w, job.row_stride = dst.pitch, job.lanes = end_lane - first_lane;
   for (int64_t y = row; y < row + rows; ++y) {
     job.data = target(dst, at) + (y % dst.rows_kept) * dst.row_stride + first_lane;
-    activate(step.activation, job, first_lane);
+    activate(pass, job, first_lane);
   }
 }
 
@@ -147,23 +270,55 @@ void Executor::conv_rows(const SpatialStep& step, const Workspace& at, const Map
     plane_rows(step, at, dst, lower, first, last);
     return;
   }
-  const bool activates = step.activation && !step.activates_pooled;
-  const int64_t room = lanes_of(dst, step.weights->bias->size());
+  if (step.is_depthwise) {
+    depthwise_rows(step, at, dst, lower, first, last);
+    return;
+  }
+  const int64_t room = lanes_of(dst);
   if (step.panels_outermost) {
     for (const Panel& panel : step.weights->panels)
       for (int64_t row = first; share.has(panel) && row < last; row += step.block_rows) {
         const int64_t rows = std::min(step.block_rows, last - row);
         conv_panel(step, at, dst, lower, panel, row, rows);
-        if (activates)
-          activate_rows(step, at, dst, row, rows, panel.first_lane,
-                        std::min<int64_t>(room, panel.first_lane + panel.vectors * kernels_.lanes));
+        if (step.on_results)
+          activate_rows(step.on_results, at, dst, row, rows, panel.first_lane,
+                        std::min<int64_t>(room, panel.first_lane + panel.lanes));
       }
   } else {
     for (int64_t row = first; row < last; row += step.block_rows) {
       const int64_t rows = std::min(step.block_rows, last - row);
       for (const Panel& panel : step.weights->panels) conv_panel(step, at, dst, lower, panel, row, rows);
-      if (activates) activate_rows(step, at, dst, row, rows, 0, room);
+      if (step.on_results) activate_rows(step.on_results, at, dst, row, rows, 0, room);
     }
+  }
+}
+
+void Executor::depthwise_rows(const SpatialStep& step, const Workspace& at, const Map& dst, float lower, int64_t first,
+                              int64_t last) const {
+  const Window& window = step.conv;
+  cpu::DepthwiseJob job = {};
+  job.src_row_stride = window.stride_h * step.src.row_stride, job.src_pitch = window.stride_w * step.src.pitch;
+  job.tap_row_stride = window.dilation_h * step.src.row_stride, job.tap_pitch = window.dilation_w * step.src.pitch;
+  job.k_h = static_cast<int32_t>(window.k_h), job.k_w = static_cast<int32_t>(window.k_w);
+  job.weight = step.weights->weight->data(), job.bias = step.weights->bias->data();
+  job.terms = 1;
+  if (step.weights->index) {
+    job.terms = static_cast<int32_t>(step.terms);
+    job.index = reinterpret_cast<const int32_t*>(step.weights->index->data());
+    job.first_channel = step.weights->first_channel.data();
+  }
+  job.lower = lower;
+  job.width = static_cast<int32_t>(step.conv_w);
+  job.channels = static_cast<int32_t>(lanes_of(dst));
+  job.dst_row_stride = dst.row_stride, job.dst_pitch = dst.pitch;
+  for (int64_t row = first; row < last; row += step.block_rows) {
+    const int64_t rows = std::min(step.block_rows, last - row);
+    job.rows = static_cast<int32_t>(rows);
+    job.src =
+        source(step.src, at) + (row * window.stride_h - window.pad_top) * step.src.row_stride - window.pad_left * step.src.pitch;
+    job.dst = target(dst, at) + (row % dst.rows_kept) * dst.row_stride;
+    kernels_.depthwise_rows(job);
+    if (step.on_results) activate_rows(step.on_results, at, dst, row, rows, 0, job.channels);
   }
 }
 
@@ -183,7 +338,7 @@ void Executor::plane_rows(const SpatialStep& step, const Workspace& at, const Ma
   for (int64_t row = first; row < last; ++row) {
     job.src = source(step.src, at) + (row * scale - step.conv.pad_top) * step.src.row_stride - step.conv.pad_left;
     kernels_.plane_row[step.pools_in_registers](job);
-    if (step.activation && !step.activates_pooled) activate_planes(step, job.dst);
+    if (step.on_results) activate_planes(step, job.dst);
     kernels_.transpose(job.dst, job.dst_stride, target(dst, at) + (row % dst.rows_kept) * dst.row_stride, dst.pitch,
                        step.conv_w / scale, channels, true);
   }
@@ -194,15 +349,15 @@ void Executor::activate_planes(const SpatialStep& step, float* planes) const {
   cpu::ActivationJob job = {};
   job.data = planes, job.rows = step.dst.channels, job.row_stride = step.plane_stride;
   job.lanes = step.pools_in_registers ? step.plane_stride / 2 : step.plane_stride;  // whole vectors: all that plane_row writes
-  if (step.activation.slopes.empty()) {
-    activate(step.activation, job, 0);
+  if (step.on_results.slopes.empty()) {
+    activate(step.on_results, job, 0);
     return;
   }
-  ActivationPass channel;
-  channel.kind = Activation::kLeakyRelu;
+  Pass channel;
+  channel.kind = Activation::kLeakyRelu, channel.rounding = step.on_results.rounding;
   job.rows = 1;
   for (int64_t c = 0; c < step.dst.channels; ++c, job.data += step.plane_stride) {
-    channel.a = step.activation.slopes[static_cast<size_t>(c)];
+    channel.a = step.on_results.slopes[static_cast<size_t>(c)];
     activate(channel, job, 0);
   }
 }
@@ -212,8 +367,7 @@ void Executor::conv_panel(const SpatialStep& step, const Workspace& at, const Ma
   const int64_t scale = step.pools_in_registers ? 2 : 1;
   cpu::TileJob job = conv_job(step, at, lower, panel, row * scale * step.conv.stride_h, 0);
   job.src_offset = step.src_offset.data();
-  const int64_t room = lanes_of(dst, step.weights->bias->size());
-  job.lanes = static_cast<int32_t>(std::min<int64_t>(panel.vectors * kernels_.lanes, room - panel.first_lane));
+  job.lanes = static_cast<int32_t>(std::min<int64_t>(panel.lanes, lanes_of(dst) - panel.first_lane));
   job.dst = target(dst, at) + (row % dst.rows_kept) * dst.row_stride + panel.first_lane;
   job.dst_offset = step.dst_offset.data();
   run_conv(step, panel, job, rows * (step.conv_w / scale));
@@ -223,20 +377,23 @@ void Executor::conv_panel(const SpatialStep& step, const Workspace& at, const Ma
 cpu::TileJob Executor::conv_job(const SpatialStep& step, const Workspace& at, float lower, const Panel& panel, int64_t y,
                                 int64_t x) const {
   cpu::TileJob job = {};
-  job.src = source(step.src, at) + (y - step.conv.pad_top) * step.src.row_stride + (x - step.conv.pad_left) * step.src.pitch;
+  job.src = source(step.src, at) + (y - step.conv.pad_top) * step.src.row_stride + (x - step.conv.pad_left) * step.src.pitch +
+            panel.first_channel;
   job.runs = step.runs.data();
   job.run_count = static_cast<int32_t>(step.runs.size());
   job.weight = step.weights->weight->data() + panel.weight_offset;
   job.bias = step.weights->bias->data() + panel.first_lane;
+  job.scale = step.weights->scale ? step.weights->scale->data() + panel.first_lane : nullptr;
   job.lower = lower;
   return job;
 }
 
 void Executor::run_conv(const SpatialStep& step, const Panel& panel, const cpu::TileJob& job, int64_t count) const {
+  const cpu::TileTable& table = tiles(step.is_bf16);
   if (step.pools_in_registers) {
-    run_tiles(kernels_.pool_tile[panel.vectors], kernels_.pool_rows[panel.vectors] / 4, job, count, 4);
+    run_tiles(table.pool_tile[panel.vectors], table.pool_rows[panel.vectors] / 4, job, count, 4);
   } else {
-    run_tiles(kernels_.tile[panel.vectors], kernels_.max_rows[panel.vectors], job, count, 1);
+    run_tiles(table.tile[panel.vectors], table.max_rows[panel.vectors], job, count, 1);
   }
 }
 
@@ -290,7 +447,7 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
     out.tile = tiles, out.tiles = static_cast<int32_t>(count);
     out.dst_row_stride = dst.row_stride, out.dst_pitch = dst.pitch;
     out.poison = poison;
-    const int64_t room = lanes_of(dst, weights.bias->size());
+    const int64_t room = lanes_of(dst);
     // Sums that are not finite: the transforms spread NaN and infinity over pixels that eager's sums do not reach. Panel by panel,
     // since panels are what threads share: what is computed again must not depend on who computed what.
     const auto mend = [&](int64_t first_lane, int64_t end_lane) {
@@ -301,14 +458,14 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
     };
     // The pixels that these tiles have stored, each of which belongs to one tile.
     const auto activate_tiles = [&](int64_t first_lane, int64_t end_lane) {
-      if (!step.activation || step.activates_pooled) return;
+      if (!step.on_results) return;
       cpu::ActivationJob job = {};
       job.row_stride = dst.pitch, job.lanes = end_lane - first_lane;
       for (const cpu::WinogradTile* tile = tiles; tile < tiles + count; ++tile)
         for (int64_t y = tile->skip_rows; y < w.side; ++y) {
           job.data = tile->dst + y * dst.row_stride + tile->skip_columns * dst.pitch + first_lane;
           job.rows = w.side - tile->skip_columns;
-          activate(step.activation, job, first_lane);
+          activate(step.on_results, job, first_lane);
         }
     };
     if (w.has_few_channels) {
@@ -373,31 +530,22 @@ void Executor::run_tile_directly(const SpatialStep& step, const Workspace& at, f
   }
 }
 
-void Executor::pool_rows(const SpatialStep& step, const Workspace& at, int64_t first, int64_t last) const {
-  const Map& from = step.has_conv ? step.ring : step.src;
+// What is behind a convolution, or is none: maps.h.
+void Executor::map_rows(const SpatialStep& step, const Workspace& at, const Map& from, int64_t first, int64_t last) const {
   const float* const src = source(from, at);
   float* const dst = target(step.dst, at);
-  cpu::PoolRowJob job = {};
-  job.w_in = static_cast<int32_t>(from.w), job.w_out = static_cast<int32_t>(step.dst.w);
-  job.k_w = static_cast<int32_t>(step.pool.k_w), job.stride_w = static_cast<int32_t>(step.pool.stride_w);
-  job.pad_w = static_cast<int32_t>(step.pool.pad_left);
-  job.src_pitch = from.pitch, job.dst_pitch = step.dst.pitch;
-  job.channels = static_cast<int32_t>(from.channels);
-  job.can_overread = from.place != Map::Place::kCallerSrc;
-  job.lower = step.lower;
-  job.row_stride = from.row_stride;
-  // The pool writes channels only. In the arena nothing else does, so that what is there stays one of a function's values;
+  if (step.measure) step.measure(step, from, src, at.scratch);
+  if (!step.on_pooled) {
+    step.rows(step, from, src, dst, first, last, at.scratch);
+    return;
+  }
+  // Channels only are written. In the arena nothing else does, so that what is there stays one of a function's values;
   // elsewhere other data may have become subnormal from call to call.
-  const int64_t lanes = step.dst.place == Map::Place::kArena ? step.dst.pitch : step.dst.channels;
-  job.ring_begin = src, job.ring_end = src + from.rows_kept * from.row_stride;
+  const bool is_own = step.dst.place == Map::Place::kArena && !step.dst.is_shared;
+  const int64_t lanes = is_own ? step.dst.pitch : step.dst.channels;
   for (int64_t y = first; y < last; ++y) {
-    const int64_t top = y * step.pool.stride_h - step.pool.pad_top;
-    const int64_t begin = std::max<int64_t>(0, top), end = std::min(from.h, top + step.pool.k_h);
-    job.src = src + begin % from.rows_kept * from.row_stride;
-    job.row_count = static_cast<int32_t>(end - begin);
-    job.dst = dst + y * step.dst.row_stride;
-    kernels_.pool_row(job);
-    if (step.activation && step.activates_pooled) activate_rows(step, at, step.dst, y, 1, 0, lanes);
+    step.rows(step, from, src, dst, y, y + 1, at.scratch);
+    activate_rows(step.on_pooled, at, step.dst, y, 1, 0, lanes);
   }
 }
 

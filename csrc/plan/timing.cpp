@@ -80,7 +80,8 @@ class LayerTiming {
     add("");
     if (!candidates_.front()->plan->in_place().empty()) return "";  // a question of memory
     for (const cpu::KernelRow& row : cpu::kernel_rows())
-      if (row.isa == options_.kernels->isa && can_be_asked_for(row)) add(row.name);
+      if (row.isa == (row.is_bf16 && options_.bf16 ? options_.bf16->isa : options_.kernels->isa) && can_be_asked_for(row))
+        add(row.name);
     if (candidates_.size() == 1) return "";
     time_candidates(candidates_, input_, batch, threads, nullptr);
     const Candidate* best = candidates_.front().get();
@@ -91,6 +92,7 @@ class LayerTiming {
 
  private:
   bool can_be_asked_for(const cpu::KernelRow& row) const {
+    if (row.is_bf16 && !options_.bf16) return false;
     if (steps_[0].op == Op::kLinear) return row.op == "linear";
     return row.op.rfind("conv2d", 0) == 0;
   }
@@ -141,25 +143,49 @@ bool is_faster(const KernelTimings& timings, const InputSpec& input, const std::
   return candidates[1]->median() < (1 - kWorthwhileAll) * candidates[0]->median();
 }
 
+// What a step reads: a map, in which order, or nothing for rows.
+struct Source {
+  bool is_spatial = false, is_nhwc = false;
+  MapSize map;
+};
+
+std::vector<Source> sources_of(InputSpec input, const std::vector<StepSpec>& steps) {
+  std::vector<Source> sources;
+  while (sources.size() < steps.size()) {
+    const size_t begin = sources.size(), end = begin + own_steps(steps, begin);
+    const std::vector<StepSpec> own(steps.begin() + static_cast<std::ptrdiff_t>(begin),
+                                    steps.begin() + static_cast<std::ptrdiff_t>(end));
+    size_t first_linear = 0;
+    while (first_linear < own.size() && !takes_rows(own[first_linear].op)) ++first_linear;
+    const StepSizes sizes = infer_sizes(input, own, first_linear);
+    for (size_t i = 0; i < own.size(); ++i)
+      sources.push_back(i < first_linear ? Source{true, i > 0 || input.is_nhwc, sizes.maps[i]} : Source{});
+    if (end == steps.size()) break;
+    const std::vector<int64_t>& next = steps[end].unflattened;
+    input = {true, next[0], next[1], next[2], false, 0, input.storage};
+  }
+  return sources;
+}
+
 }  // namespace
 
-KernelTimings time_kernels(const InputSpec& input, const std::vector<StepSpec>& steps, const PlanOptions& options, int64_t batch,
+KernelTimings time_kernels(const InputSpec& given, const std::vector<StepSpec>& steps, const PlanOptions& options, int64_t batch,
                            int threads) {
   KernelTimings timings;
   if (!options.forced_kernel.empty() || batch < 1) return timings;
-  size_t first_linear = 0;
-  while (first_linear < steps.size() && steps[first_linear].op != Op::kLinear) ++first_linear;
-  const StepSizes sizes = infer_sizes(input, steps, first_linear);
+  InputSpec input = given;
+  input.storage = Storage::kF32;  // what lies between the steps in any case
+  const std::vector<Source> sources = sources_of(input, steps);
   for (size_t i = 0; i < steps.size(); ++i) {
     StepSpec step = steps[i];
-    if (step.op == Op::kMaxPool2d) continue;
-    const bool is_spatial = i < first_linear;
-    const MapSize src = is_spatial ? sizes.maps[i] : MapSize{};
-    const std::string key = layer_key(options.kernels->isa, step, src);
+    if (step.op != Op::kConv2d && step.op != Op::kLinear) continue;
+    step.unflattened.clear();
+    const auto [is_spatial, is_nhwc, src] = sources[i];
+    const std::string key = layer_key(isa_of(options), step, src);
     if (timings.count(key) || (options.timings && options.timings->count(key))) continue;
     InputSpec alone;
     if (is_spatial) {
-      alone = {true, src.channels, src.h, src.w, i > 0 || input.is_nhwc, 0};
+      alone = {true, src.channels, src.h, src.w, is_nhwc, 0, input.storage};
     } else {
       alone.features = step.in;
     }

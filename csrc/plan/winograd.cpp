@@ -25,7 +25,6 @@ constexpr int64_t kLongestChain = 24, kChainsOfGroup = 5;
 // A stride of a multiple of 4 KiB would put all points of a tile in the same few cache sets.
 constexpr int64_t kStridePad = 16;
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 int64_t results_per_side(const Window& window) { return kPatch + 1 - window.k_h; }
@@ -101,13 +100,13 @@ double winograd_time(const ConvPart& part, bool has_few_channels) {
   return std::max(products, stream) + tiles * (in_vectors * kInputCost + out_vectors * kOutputCost);
 }
 
-bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set) {
+bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set, double direct_speed) {
   if (!has_transforms(shape)) return false;
   const int64_t out = results_per_side(shape.window), taps = shape.window.k_h * shape.window.k_w;
   const int64_t out_vectors = ceil_div(shape.c_out, set.lanes);
   const ConvPart pixels{shape.h * shape.w, shape.c_in, taps, out_vectors, set.lanes};
   const ConvPart tiles{ceil_div(shape.h, out) * ceil_div(shape.w, out), shape.c_in, taps, out_vectors, set.lanes};
-  return winograd_time(tiles, has_few_channels(shape)) < direct_time(pixels);
+  return winograd_time(tiles, has_few_channels(shape)) < direct_time(pixels) / direct_speed;
 }
 
 Winograd plan_winograd(const ConvShape& shape, int panel_vectors, const cpu::KernelSet& set) {

@@ -54,7 +54,8 @@ double winograd_time(const ConvPart& part, bool has_few_channels);
 
 // Whether the transforms exist for this convolution, and whether they are estimated to be faster than the direct kernels.
 bool can_use_winograd(const ConvShape& shape, const StepSpec& spec);
-bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set);
+// direct_speed: of those kernels, in float32's.
+bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set, double direct_speed);
 
 Winograd plan_winograd(const ConvShape& shape, int panel_vectors, const cpu::KernelSet& set);
 

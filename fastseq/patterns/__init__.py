@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from fastseq.patterns import conv2d, linear, maxpool2d
+from fastseq.patterns import conv1d, conv2d, elementwise, linear, maps, rows
 from fastseq.patterns.base import Pattern
 
 PATTERNS: tuple[Pattern, ...] = tuple(
-    sorted((*conv2d.PATTERNS, *linear.PATTERNS, *maxpool2d.PATTERNS), key=lambda pattern: -len(pattern.types))
+    sorted(
+        (*conv1d.PATTERNS, *conv2d.PATTERNS, *linear.PATTERNS, *maps.PATTERNS, *rows.PATTERNS, *elementwise.PATTERNS),
+        key=lambda pattern: -len(pattern.types),
+    )
 )

@@ -14,7 +14,7 @@ def example(kinds: Kinds) -> tuple[list[nn.Module], tuple[int, ...]]:
 
 
 PATTERNS: tuple[Pattern, ...] = tuple(
-    fused("linear", (nn.Linear, *norm, *rest), example)
+    fused("linear", (nn.Linear, *norm, *rest), example, reads_maps=True)
     for rest in (*((kind,) for kind in ACTIVATIONS), ())
     for norm in ((nn.BatchNorm1d,), ())
 )

@@ -23,12 +23,12 @@ LAST = torch.channels_last
 
 @pytest.mark.parametrize("padding", [1, (2, 1), "same"])
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-def test_19_other_padding_modes_are_eagers(mode: str, padding: Any) -> None:
-    """`F.pad` first, then a convolution without padding; only zeros are padded by the fused kernels."""
-    layer = nn.Conv2d(3, 4, 3, padding=padding, padding_mode=mode)
-    assert_declined(layer, images(), f"Conv2d has padding_mode {mode!r}")
-    if padding == "same":
-        assert fastseq.optimize(nn.Sequential(layer, nn.MaxPool2d(1)))[0].padding == "same"
+def test_19_other_padding_modes_pad_before_the_convolution(mode: str, padding: Any) -> None:
+    """`F.pad` first, then a convolution without padding; 'same' pads one more behind than before an even kernel."""
+    for kernel in (3, (4, 1), (2, 4)):
+        model, x = integer_model(nn.Conv2d(3, 4, kernel, padding=padding, padding_mode=mode)), integers(2, 3, 9, 8)
+        check_run(model, x)
+    assert fastseq.optimize(model)[0].padding == model[0].padding
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -83,6 +83,10 @@ CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
     "padding beyond the kernel": ((3, 5, 3), {"padding": 5}, (9, 8)),
     "one pixel": ((3, 5, 3), {"padding": 1}, (1, 1)),
     "one channel": ((1, 1, 3), {}, (9, 8)),
+    "groups": ((3, 6, 3), {"groups": 3}, (12, 12)),
+    "depthwise": ((3, 3, 3), {"groups": 3, "padding": 1, "bias": False}, (12, 12)),
+    "dilation": ((3, 4, 3), {"dilation": 2}, (12, 12)),
+    "dilation of two kinds": ((3, 4, (3, 1)), {"dilation": (1, 3), "padding": 2}, (12, 12)),
 }
 
 
@@ -98,10 +102,6 @@ def test_20_convolutions_that_are_fused(name: str, tail: list[nn.Module]) -> Non
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (lambda: nn.Conv2d(3, 6, 3, groups=3), "groups 3"),
-        (lambda: nn.Conv2d(3, 3, 3, groups=3, padding=1, bias=False), "groups 3"),
-        (lambda: nn.Conv2d(3, 4, 3, dilation=2), "dilation (2, 2)"),
-        (lambda: nn.Conv2d(3, 4, (3, 1), dilation=(1, 3), padding=2), "dilation (1, 3)"),
         (lambda: nn.ConvTranspose2d(3, 4, 3), "no fused kernel for ConvTranspose2d"),
     ],
 )
@@ -177,9 +177,10 @@ def test_21_padding_of_a_pool_is_minus_infinity(head: list[nn.Module]) -> None:
         assert (run_fused(model, x) == -INF).all()
 
 
-def test_21_dilated_pools_stay_eager() -> None:
-    for pool in (nn.MaxPool2d(2, dilation=2), nn.MaxPool2d(3, 1, 2, dilation=(2, 1))):
-        assert_declined(pool, images(), "dilation")
+def test_21_dilated_pools() -> None:
+    for pool in (nn.MaxPool2d(2, dilation=2), nn.MaxPool2d(3, 1, 1, dilation=(2, 1)), nn.MaxPool2d(2, 1, 1, 3)):
+        assert_fast(nn.Sequential(pool), images())
+        assert_fast(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pool), images())
 
 
 WRONG_POOLS: dict[str, tuple[Callable[[], nn.MaxPool2d], tuple[int, ...], str]] = {
@@ -278,11 +279,15 @@ def test_23_each_layer_takes_the_dtypes_that_eagers_takes(layers: str, dtype: to
         else:
             fast.to(dtype)
     with torch.no_grad():
-        if dtype is torch.float32:
+        takes = torch.float32, torch.bfloat16, torch.float16
+        if dtype is torch.float32 or (dtype in takes and ("pool" in layers or "of the dtype" in layers)):
             assert_fast(fast, x, runs=1)
             assert call(fast, x)[1]["fused_calls"] == 1
         else:
-            expected = assert_eager_outcome(fast, x, "the input is not float32")
+            reason = (
+                "a parameter has another dtype" if dtype in takes else "the input is not float32, float16 or bfloat16"
+            )
+            expected = assert_eager_outcome(fast, x, reason)
             works = {"pool": not dtype.is_complex and dtype is not torch.bool, "conv": False, "linear": False}
             if layers in works and "8" not in str(dtype):
                 assert (expected.error is None) == works[layers]

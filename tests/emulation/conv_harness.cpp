@@ -32,7 +32,7 @@ void fastseq_conv_seed(uint64_t seed) { fastseq::emulation::machine.seed = seed;
 void fastseq_conv_layout(int64_t layout[8]) {
   const int64_t values[] = {
       sizeof(PackJob),      offsetof(PackJob, samples),   sizeof(PackArgs),    offsetof(PackArgs, element_bytes),
-      sizeof(ConvPoolArgs), offsetof(ConvPoolArgs, pack), sizeof(MaxPoolArgs), offsetof(MaxPoolArgs, has_relu)};
+      sizeof(ConvPoolArgs), offsetof(ConvPoolArgs, pack), sizeof(MaxPoolArgs), offsetof(MaxPoolArgs, finish)};
   for (int i = 0; i < 8; ++i) layout[i] = values[i];
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from emulation.build import compile_emulated
+from emulation.finish import Epilogue, Finish
 from emulation.regions import Region, strides_of
 from torch import Tensor
 from torch.nn import functional as F
@@ -63,6 +64,7 @@ class ConvPoolArgs(ctypes.Structure):
         *fields(ctypes.c_int, "pool_h pool_w pool_stride_h pool_stride_w pool_top pool_left tile_h tile_w h_out w_out"),
         *fields(ctypes.c_int64, "dst_image_stride dst_c_stride dst_h_stride dst_w_stride"),
         ("dst_channels", ctypes.c_int),
+        ("finish", Finish),
         ("pack", PackArgs),
     ]
 
@@ -73,7 +75,10 @@ class MaxPoolArgs(ctypes.Structure):
         *fields(ctypes.c_int, "batch channels h_in w_in h_out w_out"),
         *fields(ctypes.c_int64, "src_image_stride src_c_stride src_h_stride src_w_stride"),
         *fields(ctypes.c_int64, "dst_image_stride dst_c_stride dst_h_stride dst_w_stride"),
-        *fields(ctypes.c_int, "pool_h pool_w pool_stride_h pool_stride_w pool_top pool_left has_relu"),
+        *fields(
+            ctypes.c_int, "pool_h pool_w pool_stride_h pool_stride_w pool_top pool_left has_relu finished_channels"
+        ),
+        ("finish", Finish),
     ]
 
 
@@ -149,6 +154,9 @@ class Problem:
     pool: Pool | None = None
     has_bias: bool = True
     has_relu: bool = True
+    has_norm: bool = False
+    kind: str = "none"  # an activation other than ReLU
+    is_after_pool: bool = False  # that
     src: int | str = 0  # a layout, or which of SRC_LAYOUTS
     dst: str = "nchw"
     zeros: int = 0  # channels after c_out
@@ -169,9 +177,15 @@ class Problem:
         right = (conv_w - 1) * self.stride[1] + self.kernel[1] - w - left
         return multiply(F.pad(src, (left, right, top, bottom)), weight, stride=self.stride)
 
-    def finish(self, sums: Tensor, bias: Tensor | None) -> Tensor:
+    def finish(self, sums: Tensor, bias: Tensor | None, epilogue: Epilogue | None = None) -> Tensor:
         x = sums if bias is None else sums + bias[:, None, None]
-        x = torch.relu(x) if self.has_relu else x
+        if epilogue is None:
+            x = torch.relu(x) if self.has_relu else x
+            return self.pool(x) if self.pool else x
+        x = epilogue.norm(x)
+        if self.pool and self.is_after_pool:
+            return epilogue.activate(self.pool(x))
+        x = epilogue.activate(x)
         return self.pool(x) if self.pool else x
 
     def products(self) -> int:
@@ -193,6 +207,7 @@ class Values:
     src: Tensor
     weight: Tensor
     bias: Tensor | None
+    epilogue: Epilogue | None = None  # where bias and ReLU are not all of it
 
 
 def make_values(problem: Problem, dtype: torch.dtype, make: Callable[..., Tensor]) -> Values:
@@ -203,7 +218,14 @@ def make_values(problem: Problem, dtype: torch.dtype, make: Callable[..., Tensor
         exact(problem.batch, problem.c_in, *problem.size),
         exact(problem.c_out, problem.c_in, *problem.kernel),
         exact(problem.c_out) if problem.has_bias else None,
+        make_epilogue(problem),
     )
+
+
+def make_epilogue(problem: Problem) -> Epilogue | None:
+    kind = "relu" if problem.has_relu and problem.kind == "none" else problem.kind
+    epilogue = Epilogue.make(problem.c_out, kind, problem.has_norm, is_affine=problem.batch != 3)
+    return epilogue if epilogue.is_used else None
 
 
 def integers(*shape: int) -> Tensor:
@@ -256,7 +278,7 @@ def run(
         conv_h=conv_h,
         conv_w=conv_w,
         c_out=problem.c_out,
-        has_relu=problem.has_relu,
+        has_relu=problem.has_relu and not values.epilogue,
         h_out=h_out,
         w_out=w_out,
         dst_channels=dst_channels,
@@ -274,6 +296,9 @@ def run(
         assert pool.sums() <= row[2]["tile_m"], "the test's own tile is too large"
     if pack:
         args.pack = pack
+    finishing: list[Region] = []
+    if values.epilogue:
+        args.finish = values.epilogue.struct(placed_in(finishing, dtype, problem.offset), problem.is_after_pool)
 
     inputs = [region.bits for region in (src_region, weight_region) if region.is_poisoned]
     before = [bits.clone() for bits in inputs]
@@ -283,6 +308,16 @@ def run(
     padding = dst.tensor[:, problem.c_out :]
     assert (padding == 0).all() and not padding.signbit().any()
     return dst.tensor[:, : problem.c_out].clone()
+
+
+def placed_in(regions: list[Region], dtype: torch.dtype, offset: int) -> Callable[[Tensor], int]:
+    """A function that puts tensors into regions, which it appends, and gives their addresses."""
+
+    def place(tensor: Tensor) -> int:
+        regions.append(Region.of(tensor, None, dtype, offset))
+        return regions[-1].pointer
+
+    return place
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -300,7 +335,7 @@ def check_integers(kernels: Kernels, row: Row, problem: Problem) -> None:
     """Sums of products of small integers are exact in every kind of arithmetic and order; one rounding is left."""
     __tracebackhide__ = True
     values = make_values(problem, DTYPES[row[0]], integers)
-    expected = problem.finish(problem.sums(values.src, values.weight), values.bias)
+    expected = problem.finish(problem.sums(values.src, values.weight), values.bias, values.epilogue)
     assert_same(run(kernels, row, problem, values), expected)
 
 

@@ -25,17 +25,18 @@ const ChainKernel kFused[] = {
 };
 
 // Blocks that take more rows than one at a time, as they do of very many.
-template <void (*kernel)(ChainArgs), int outputs>
+template <void (*kernel)(ChainArgs), void (*finishing)(ChainArgs), int outputs>
 Error launch_skinny(const ChainArgs& args, void* stream) {
   const Grid grid{static_cast<unsigned>((args.layers[0].n + outputs - 1) / outputs)};
-  return launch(kernel, grid, kSkinnyThreads, 16 << 10, stream, args);
+  return launch(args.layers[0].finish.is_used ? finishing : kernel, grid, kSkinnyThreads, 16 << 10, stream, args);
 }
 int64_t skinny_bytes(const ChainArgs&) { return 16 << 10; }
 Error prepare_nothing(int) { return nullptr; }
-const ChainKernel kSkinny[] = {{"skinny_linear_f16__mma_8", ChainOp::kSkinnyLinear, Math::kF16, 8, 0, kSkinnyThreads, 75,
-                                skinny_bytes, prepare_nothing, launch_skinny<skinny_linear_mma<Math::kF16, 8>, kSkinnyMmaOutputs>},
-                               {"skinny_linear_f32__ffma_2", ChainOp::kSkinnyLinear, Math::kIeee, 2, 0, kSkinnyThreads, 75,
-                                skinny_bytes, prepare_nothing, launch_skinny<skinny_linear<2, 4, 2>, 4>}};
+const ChainKernel kSkinny[] = {
+    {"skinny_linear_f16__mma_8", ChainOp::kSkinnyLinear, Math::kF16, 8, 0, kSkinnyThreads, 75, skinny_bytes, prepare_nothing,
+     launch_skinny<skinny_linear_mma<Math::kF16, 8, false>, skinny_linear_mma<Math::kF16, 8, true>, kSkinnyMmaOutputs>},
+    {"skinny_linear_f32__ffma_2", ChainOp::kSkinnyLinear, Math::kIeee, 2, 0, kSkinnyThreads, 75, skinny_bytes, prepare_nothing,
+     launch_skinny<skinny_linear<2, 4, 2, false>, skinny_linear<2, 4, 2, true>, 4>}};
 
 template <typename T, int count>
 Table<T> table(const T (&rows)[count]) {

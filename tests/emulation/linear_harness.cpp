@@ -39,7 +39,7 @@ void fastseq_linear_seed(uint64_t seed) { fastseq::emulation::machine.seed = see
 
 // As test_cuda_linear.py declares them: the sizes of ChainArgs and of a layer, and where their last members are.
 void fastseq_linear_layout(int64_t layout[4]) {
-  const int64_t values[] = {sizeof(ChainArgs::Layer), offsetof(ChainArgs::Layer, has_relu), sizeof(ChainArgs),
+  const int64_t values[] = {sizeof(ChainArgs::Layer), offsetof(ChainArgs::Layer, finish), sizeof(ChainArgs),
                             offsetof(ChainArgs, layers)};
   for (int i = 0; i < 4; ++i) layout[i] = values[i];
 }

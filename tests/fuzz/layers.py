@@ -159,6 +159,8 @@ def fill(model: nn.Module, weights: str) -> None:
             elif weights in SPECIAL_WEIGHTS:
                 parameter[torch.rand_like(parameter) < 0.04] = SPECIAL_WEIGHTS[weights]
         for module in model.modules():
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None and weights == "normal":
+                module.weight.normal_()
             if isinstance(module, NORMS) and module.running_mean is not None:
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2.0)

@@ -29,11 +29,12 @@ LAYOUTS = (
     *("expanded", "offset", "negated", "parameter"),
 )
 VALUES = (*("normal",) * 10, "special", "special", "nan", "infinite", "zeros", "denormal", "huge")
-ISAS = ("", "", "portable", "avx2", "avx512", "emulated512")
+ISAS = ("", "", "portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "emulated512", "emulated_amx")
 KERNELS = ("8x16", "12x16", "9x48", "7x64", "4x64", "8x32", "6x16", "4x24", "3x32", "8x4", "6x8", "3x16", "8x8", "1x")
 OPS = ("conv2d_winograd", "conv2d_winograd", "conv2d_plane", "linear_in_place", "conv2d_f32")
 STYLES = ("keyword", "two", "none", "forward", "functional", "vmap", "jvp", "subclass", "disabled")
 HOOKS = ("forward", "forward_pre", "forward_kwargs", "always_call", "full_backward", "full_backward_pre")
+PADDINGS = ("ReflectionPad2d", "ReplicationPad2d", "CircularPad2d", "ConstantPad2d")
 ACTIVATIONS = (
     *("LeakyReLU", "Sigmoid", "Tanh", "GELU", "SiLU", "ELU", "ReLU6", "Hardtanh", "Hardswish", "Softplus", "Mish"),
     *("PReLU", "Softsign", "LogSigmoid", "SELU", "Softshrink", "Scale", "Doubles", "SubReLU", "CELU", "Hardsigmoid"),
@@ -123,9 +124,10 @@ class Architect:
                 ("free", 7),
                 ("batchnorm", 5),
                 ("activation", 6),
-                ("average", 3),
-                ("norm", 3),
-                ("other", 3),
+                ("average", 6),
+                ("norm", 4),
+                ("other", 5),
+                ("resized", 4),
                 ("transposed", 2),
                 ("linear", 1),
                 ("subclass", 2),
@@ -140,14 +142,12 @@ class Architect:
         kernel = source.pick((1, 3, 2, 3, 5, (1, 3), (3, 2), 4, (2, 1), 7))
         stride = source.pick((1, 1, 1, 2, (2, 1), 3))
         padding = source.pick((0, 1, 0, 2, (1, 0), "same", "valid", (0, 3)))
-        dilation = 2 if source.chance(4) else 1
+        dilation = source.pick((2, 3, (1, 2))) if source.chance(8) else 1
+        d_h, d_w = two(dilation)
         if padding == "same":
             stride = 1
         pad_h, pad_w = (0, 0) if isinstance(padding, str) else two(padding)
-        if padding == "same":
-            fits = (99, 99)
-        else:
-            fits = ((h + 2 * pad_h - 1) // dilation + 1, (w + 2 * pad_w - 1) // dilation + 1)
+        fits = (99, 99) if padding == "same" else ((h + 2 * pad_h - 1) // d_h + 1, (w + 2 * pad_w - 1) // d_w + 1)
         k_h, k_w = (min(k, most) for k, most in zip(two(kernel), fits, strict=True))
         if (k_h, k_w) != two(kernel):
             kernel = (k_h, k_w)
@@ -155,8 +155,8 @@ class Architect:
         if padding == "same":
             out_h, out_w = h, w
         else:
-            out_h = (h + 2 * pad_h - dilation * (k_h - 1) - 1) // s_h + 1
-            out_w = (w + 2 * pad_w - dilation * (k_w - 1) - 1) // s_w + 1
+            out_h = (h + 2 * pad_h - d_h * (k_h - 1) - 1) // s_h + 1
+            out_w = (w + 2 * pad_w - d_w * (k_w - 1) - 1) // s_w + 1
         if out * out_h * out_w > LARGEST_MAP:
             out = 3
         options: dict[str, Any] = {}
@@ -166,11 +166,19 @@ class Architect:
             options["padding"] = padding
         if dilation != 1:
             options["dilation"] = dilation
-        if source.chance(5) and gcd(c, out) > 1:
-            options["groups"] = gcd(c, out)
+        if source.chance(15):
+            # A filter for each channel or several, and other groups.
+            out = c * source.pick((1, 1, 2, 3)) if source.chance(50) and c * out_h * out_w * 3 <= LARGEST_MAP else out
+            groups = source.pick((c, gcd(c, out), 2))
+            if groups > 1 and not c % groups and not out % groups:
+                options["groups"] = groups
         if source.chance(20):
             options["bias"] = False
-        if source.chance(3) and (pad_h < h and pad_w < w) and padding != "same":
+        if (
+            source.chance(8)
+            and (pad_h < h and pad_w < w)
+            and (padding != "same" or max(k_h * d_h, k_w * d_w) <= min(h, w))
+        ):
             options["padding_mode"] = source.pick(("reflect", "replicate", "circular"))
         if source.chance(2):
             self.add("LazyConv2d", out, kernel, to=(out, out_h, out_w), **options)
@@ -210,11 +218,13 @@ class Architect:
     def image_flatten(self, c: int, h: int, w: int) -> Layer:
         if self.source.chance(6):
             return self.add("Flatten", 2, to=(c, h * w))
+        if self.source.chance(10):
+            return self.add("Flatten", *self.source.pick(((-3, -1), (1, 3), (-3, 3))), to=(c * h * w,))
         return self.add("Flatten", to=(c * h * w,))
 
     def image_free(self, *_: int) -> Layer:
         source = self.source
-        kind = source.pick(("Dropout", "Identity", "Dropout", "Dropout2d"))
+        kind = source.pick(("Dropout", "Identity", "Dropout", "Dropout2d", "AlphaDropout"))
         if kind == "Identity":
             return self.add(kind)
         p = source.pick((0.5, 0.1, 0.0, 1.0))
@@ -232,33 +242,67 @@ class Architect:
     def image_average(self, c: int, h: int, w: int) -> Layer:
         kind = self.source.pick(("AdaptiveAvgPool2d", "AvgPool2d", "AdaptiveMaxPool2d"))
         if kind == "AvgPool2d":
-            k = min(2, h, w)
-            return self.add(kind, k, to=(c, h // k, w // k))
-        out = self.source.pick((1, 2, (3, 2)))
-        return self.add(kind, out, to=(c, *two(out)))
+            k = min(self.source.pick((2, 2, 3, 4)), h, w)
+            padding = self.source.integer(0, k // 2) if self.source.chance(35) else 0
+            stride = self.source.pick((k, k, 1, 2))
+            ceil = self.source.chance(30)
+            options: dict[str, Any] = {"stride": stride} if stride != k else {}
+            options |= {"padding": padding} if padding else {}
+            options |= {"ceil_mode": True} if ceil else {}
+            options |= {"count_include_pad": False} if self.source.chance(30) else {}
+            options |= {"divisor_override": self.source.pick((1, 7, -3))} if self.source.chance(15) else {}
+            return self.add(kind, k, to=(c, *(pool_size(n, k, stride, padding, ceil, 1) for n in (h, w))), **options)
+        out = self.source.pick((1, 2, (3, 2), (None, 2), (5, None), (1, 1)))
+        out_h, out_w = two(out)
+        return self.add(kind, out, to=(c, h if out_h is None else out_h, w if out_w is None else out_w))
 
     def image_norm(self, c: int, h: int, w: int) -> Layer:
         kind = self.source.pick(("LayerNorm", "GroupNorm", "InstanceNorm2d", "LocalResponseNorm", "Softmax2d"))
         if kind == "LayerNorm":
             return self.add(kind, (c, h, w))
         if kind == "GroupNorm":
-            return self.add(kind, gcd(c, 4), c)
+            options: dict[str, Any] = {"affine": False} if self.source.chance(20) else {}
+            return self.add(kind, self.source.pick((gcd(c, 4), 1, c)), c, **options)
         if kind == "InstanceNorm2d":
             return self.add(kind, c)
         return self.add(kind, 3) if kind == "LocalResponseNorm" else self.add(kind)
 
     def image_other(self, c: int, h: int, w: int) -> Layer:
-        kind = self.source.pick(("ZeroPad2d", "Softmax", "Upsample", "ChannelShuffle", "ReflectionPad2d"))
+        kind = self.source.pick(("ZeroPad2d", "Softmax", "Upsample", "ChannelShuffle", *PADDINGS))
         grown = c * (h + 2) * (w + 3) <= LARGEST_MAP
         if kind == "ZeroPad2d" and grown:
             return self.add(kind, (1, 2, 0, 2), to=(c, h + 2, w + 3))
-        if kind == "ReflectionPad2d" and grown and h > 1 and w > 1:
-            return self.add(kind, 1, to=(c, h + 2, w + 2))
+        if kind in PADDINGS and grown and h > 1 and w > 1:
+            value = (self.source.pick((0.5, -1, 0.0)),) if kind == "ConstantPad2d" else ()
+            left, right, top, bottom = padding = self.source.pick(((1, 1, 1, 1), (1, 0, 0, 1), (0, 1, 0, 0)))
+            return self.add(kind, padding, *value, to=(c, h + top + bottom, w + left + right))
         if kind == "Upsample" and 4 * c * h * w <= LARGEST_MAP:
             return self.add(kind, scale_factor=2, to=(c, 2 * h, 2 * w))
         if kind == "ChannelShuffle" and c % 2 == 0:
             return self.add(kind, 2)
         return self.add("Softmax", dim=1)
+
+    def image_resized(self, c: int, h: int, w: int) -> Layer:
+        source = self.source
+        r = source.pick((2, 3))
+        if c % (r * r) == 0 and source.chance(60):
+            return self.add("PixelShuffle", r, to=(c // (r * r), h * r, w * r))
+        if h % r == 0 and w % r == 0 and source.chance(30):
+            return self.add("PixelUnshuffle", r, to=(c * r * r, h // r, w // r))
+        options: dict[str, Any] = {}
+        if source.chance(50):
+            options = {"mode": "bilinear"} | ({"align_corners": True} if source.chance(40) else {})
+        if source.chance(40):
+            out = source.pick((1, 2, 5, (7, 3), (2, 9)))
+            out_h, out_w = two(out)
+            return self.add("Upsample", out, to=(c, out_h, out_w), **options)
+        factor = source.pick((2, 2, 2, 1.5, 0.6, (2, 1), 3))
+        factors = factor if isinstance(factor, tuple) else (factor, factor)
+        out_h, out_w = (max(1, int(n * f)) for n, f in zip((h, w), factors, strict=True))
+        if c * out_h * out_w > LARGEST_MAP or min(h, w) < 2:
+            return self.add("Upsample", (h, w), **options)
+        options |= {"recompute_scale_factor": True} if source.chance(20) else {}
+        return self.add("Upsample", scale_factor=factor, to=(c, out_h, out_w), **options)
 
     def image_transposed(self, c: int, h: int, w: int) -> Layer:
         if 3 * (2 * h + 1) * (2 * w + 1) > LARGEST_MAP:
@@ -298,10 +342,10 @@ class Architect:
                 ("relu", 26),
                 ("free", 7),
                 ("activation", 5),
-                ("norm", 5),
+                ("norm", 7),
                 ("flatten", 4),
-                ("softmax", 2),
-                ("unflatten", 2),
+                ("softmax", 4),
+                ("unflatten", 4),
                 ("subclass", 2),
                 ("lazy", 1),
                 ("illegal", 1),
@@ -327,15 +371,16 @@ class Architect:
         return self.image_activation()
 
     def row_norm(self) -> Layer:
-        if self.source.chance(50):
-            return self.add("LayerNorm", self.shape[-1])
+        if self.source.chance(60):
+            options = self.source.pick(({}, {}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.1}))
+            return self.add("LayerNorm", self.shape[-1], **options)
         return self.add("BatchNorm1d", self.shape[0])
 
     def row_flatten(self) -> Layer:
         return self.add("Flatten", to=(prod(self.shape),))
 
     def row_softmax(self) -> Layer:
-        return self.add(self.source.pick(("Softmax", "LogSoftmax")), dim=-1)
+        return self.add(self.source.pick(("Softmax", "LogSoftmax")), dim=self.source.pick((-1, -1, 1, 0)))
 
     def row_unflatten(self) -> Layer:
         if len(self.shape) > 1:
@@ -420,12 +465,18 @@ def functional(source: Source, architect: Architect) -> str:
     everywhere = (
         *("x = F.relu(x)", "x = torch.relu(x)", "x = x.relu()", "x = F.relu(x, inplace=True)", "x = x.clone()"),
         *("x = F.dropout(x, 0.3, self.training)", "x = x.contiguous()", "x = F.gelu(x)", "x = x * 2", "x = x.relu_()"),
+        *("x = F.softmax(x, -1)", "x = x.log_softmax(1)"),
     )
     if len(shape) == 3 and source.chance(70):
         c, h, w = shape
         if h >= 2 and w >= 2 and source.chance(50):
             architect.shape = (c, h // 2, w // 2)
             return source.pick(("x = F.max_pool2d(x, 2)", "x = F.max_pool2d(x, kernel_size=(2, 2))"))
+        if 4 * prod(shape) <= LARGEST_MAP and source.chance(20):
+            architect.shape = (c, 2 * h, 2 * w)
+            return source.pick(
+                ("x = F.interpolate(x, scale_factor=2)", "x = F.interpolate(x, scale_factor=(2, 2.0), mode='bilinear')")
+            )
         architect.shape = (prod(shape),)
         return source.pick(
             (

@@ -44,14 +44,14 @@ const Case kCases[] = {
     {Activation::kHardsigmoid, 0, 0, 1.5, 0x1p-25, 0},
     {Activation::kSigmoid, 0, 0, 2.5, 0, 2.5},
     {Activation::kTanh, 0, 0, 3, 0, 3},
-    {Activation::kSilu, 0, 0, 3, kSubnormalTail, 3},
-    {Activation::kGelu, 0, 0, 5, 0, 8},
-    {Activation::kGeluTanh, 0, 0, 6, kSubnormalTail, 6},
+    {Activation::kSilu, 0, 0, 3.5, kSubnormalTail, 3.5},
+    {Activation::kGelu, 0, 0, 5, 0, 5},
+    {Activation::kGeluTanh, 0, 0, 3.5, kSubnormalTail, 3.5},
     {Activation::kSoftplus, 1, 20, 2.5, 0, 2.5},
     {Activation::kSoftplus, 0.5f, 3, 2.5, 0, 2.5},
     {Activation::kSoftplus, 2, 1000, 2.5, 0, 2.5},
     {Activation::kSoftplus, -1, 20, 2.5, 0, 2.5},
-    {Activation::kMish, 0, 0, 4, kSubnormalTail, 4},
+    {Activation::kMish, 0, 0, 4.5, kSubnormalTail, 4.5},
 };
 
 // Random ones of all magnitudes, many of those that occur, and special ones.

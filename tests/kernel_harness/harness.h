@@ -87,16 +87,13 @@ class Panels {
 
 // --- the checks of one instruction set --------------------------------------------------------------------------------
 
-// Tables of a KernelSet, and their limits.
+// A table of a KernelSet, and limits.
 using Limits = int[kMaxVectors + 1];
-using Tiles = TileLoop[kMaxVectors + 1][kMaxRows + 1];
-using PoolTiles = TileLoop[kMaxVectors + 1][kMaxRows / 4 + 1];
-using RowTiles = TileLoop[4][kMaxPanels + 1];
 using Products = ProductLoop[kMaxVectors + 1][kMaxRows + 1];
 
 // tiles.cpp
-void check_tiles(const KernelSet& set, const Tiles& tile, const Limits& max_rows, const PoolTiles& pool_tile,
-                 const Limits& pool_rows, const RowTiles& row_tile, const int (&row_panels)[4], Random& random);
+void check_tiles(const KernelSet& set, const TileTable& table, Random& random);
+void check_bf16_tiles(const KernelSet& set, const Bf16Tiles& tiles, Random& random);
 // in_place.cpp
 void check_in_place(const KernelSet& set, TileLoop smallest, const InPlaceLoop (&few)[kMaxInPlaceRows + 1], int few_rows,
                     const InPlaceTileLoop (&tiles)[kMaxVectors + 1], const Limits& max_rows, Random& random);
@@ -107,17 +104,32 @@ void check_winograd_outputs(const KernelSet& set, const WinogradOutput (&output)
                             const WinogradOutput (&small_output)[2][kMostSmallChannels + 1], Random& random);
 // rows.cpp
 void check_plane_row(const KernelSet& set, const PlaneRow (&plane_row)[2], Random& random);
-void check_pool_row(const KernelSet& set, PoolRow pool_row, Random& random);
+void check_blend_row(const KernelSet& set, BlendRow blend_row, Random& random);
+void check_scale_rows(const KernelSet& set, ScaleRows scale_rows, Random& random);
+void check_pool_row(const KernelSet& set, PoolRow pool_row, const PoolRow (&average_row)[2], Random& random);
+void check_depthwise_rows(const KernelSet& set, DepthwiseRows depthwise_rows, Random& random);
+// statistics.cpp
+void check_softmax_rows(const KernelSet& set, const SoftmaxRows (&softmax_rows)[2], Random& random);
+void check_layer_norm_rows(const KernelSet& set, LayerNormRows layer_norm_rows, Random& random);
+void check_centered_rows(const KernelSet& set, CenteredRows centered_rows, Random& random);
+void check_channel_moments(const KernelSet& set, ChannelMoments channel_moments, Random& random);
 // activations.cpp
 double activation_value(Activation kind, double a, double b, double x);  // a PReLU's a is its slope
 void check_activations(const KernelSet& set, const ActivationLoop (&activation)[kActivations], Random& random);
+// conversions.cpp
+using Conversions = ConvertLoop[kStorages];
+uint16_t narrowed(Storage storage, float value);  // by definition, bit for bit but for NaN, of which there is one
+float widened(Storage storage, uint16_t value);
+double rounding_error(Storage storage, double value);  // how far the nearest number of the type may be
+void check_conversions(const KernelSet& set, const Conversions& widen, const Conversions& narrow,
+                       const ActivationLoop (&round)[kStorages], Random& random);
 // utilities.cpp
 void check_transpose(const KernelSet& set, Transpose transpose, Random& random);
 void check_fingerprint(const KernelSet& set, Fingerprint fingerprint, Random& random);
 void check_fingerprint_sample(const KernelSet& set, Fingerprint fingerprint, Random& random);
 void check_fma_probe(const KernelSet& set, FmaProbe fma_probe);
 // plans.cpp
-void check_kernel_list(const KernelSet& set);
-void check_plans(const KernelSet& set, const std::string& forced);
+void check_kernel_list(const KernelSet& set, const Bf16Tiles* bf16 = nullptr);
+void check_plans(const KernelSet& set, const std::string& forced, Storage storage = Storage::kF32, const Bf16Tiles* bf16 = nullptr);
 
 }  // namespace fastseq::harness

@@ -146,6 +146,29 @@ def test_linears() -> None:
     assert [launch["layers"] for launch in plan(long, 4, 16)["launches"]] == [8, 8, 3]
 
 
+def test_norms_and_activations() -> None:
+    """In the same launches as ReLU, but for chains with many rows."""
+    block = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.SiLU(), nn.MaxPool2d(2)).eval()
+    assert [launch["pool"] for launch in plan(block, 4, 16, 24, 24)["launches"]] == ["registers"]
+    assert [launch["kind"] for launch in plan(block, 4, 16, 24, 24)["launches"]] == ["conv"]
+    halo = nn.Sequential(nn.Conv2d(3, 16, 3), nn.MaxPool2d(15), nn.GELU())
+    assert [launch["kind"] for launch in plan(halo, 4, 3, 24, 24)["launches"]] == ["conv", "pool"]
+    chain = nn.Sequential(
+        *[layer for _ in range(3) for layer in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.GELU())]
+    ).eval()
+    assert [k.split("__")[0] for k in kernels(plan(chain, 16, 64))] == ["tiny_mlp_f32"]
+    assert [k.split("__")[0] for k in kernels(plan(chain, 65536, 64))] == ["conv2d_f32"] * 3
+    tail = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    assert [k.split("_f32")[0] for k in kernels(plan(tail, 65536, 64))] == ["conv2d", "fused_mlp"]
+    own = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 4), nn.ELU(), nn.Tanh()
+    )
+    assert [launch["kind"] for launch in plan(own.eval(), 2, 3, 4, 4)["launches"]] == ["conv", "pool", "chain", "pool"]
+    wide = nn.Sequential(nn.Linear(4096, 4096), nn.GELU())
+    assert [launch["kind"] for launch in plan(wide, 64, 4096)["launches"]] == ["cublas", "pool"]
+    assert kernels(plan(wide, 4, 4096))[0].startswith("skinny_linear")
+
+
 def test_notes_say_why() -> None:
     def notes(model: nn.Module, *shape: int) -> list[str]:
         return [step["note"] for step in plan(model, *shape)["steps"]]

@@ -12,10 +12,11 @@ import threading
 import pytest
 import torch
 from conftest import Grid
-from helpers import assert_was_fused, kernels_used, run_fused
+from helpers import assert_was_fused, kernels_used, run_fused, settle
 from torch import Tensor, nn
 
 import fastseq
+from fastseq.patterns.activation import ACTIVATIONS
 from fastseq.testing import MODELS
 
 # Norm-wise error against float64 that rounding alone explains, at unit scale.
@@ -207,6 +208,127 @@ def compiled_runs(fused: nn.Module, x: Tensor) -> list[object]:
         fused(x)
     runs: list[object] = fused.__dict__["_fastseq_compiled"].runs
     return runs
+
+
+# BatchNorm and activations ----------------------------------------------------------------------------------------
+
+
+def finished_net(first: nn.Module, second: nn.Module) -> nn.Sequential:
+    """Both with and without BatchNorm, in front of and behind pools, in chains, and as steps of their own."""
+    return settle(
+        nn.Sequential(
+            *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), first, nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 13, 3, bias=False), nn.BatchNorm2d(13), nn.MaxPool2d(3, 2), second),
+            *(
+                nn.Conv2d(13, 8, 1),
+                nn.ReLU(),
+                nn.BatchNorm2d(8, affine=False),
+                nn.Conv2d(8, 10, 2),
+                second,
+                nn.Flatten(),
+            ),
+            *(nn.Linear(40, 300), nn.BatchNorm1d(300), first, nn.Linear(300, 40), second, nn.Tanh(), nn.Linear(40, 5)),
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [kind.__name__ for kind in ACTIVATIONS])
+def test_finished_networks(name: str, kind: str) -> None:
+    made = getattr(nn, name)
+    first = nn.PReLU(1) if made is nn.PReLU else made()
+    model, x = prepare(kind, finished_net(first, nn.GELU(approximate="tanh")), torch.randn(2, 3, 20, 20))
+    x = x.to(memory_format=torch.channels_last if len(name) % 2 else torch.contiguous_format)
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        assert_right(kind, model, x, fused(x))
+    assert_was_fused(fused)
+    (segment,) = fastseq.explain(fused).to_dict()["sequentials"][0]["segments"]
+    assert segment["kind"] == "native"
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_statistics_and_slopes_follow(is_captured: bool, grid: Grid) -> None:
+    """Whoever writes them: they are read where they lie."""
+    model, x = finished_net(nn.PReLU(), nn.PReLU()), torch.randn(2, 3, 20, 20)
+    model[7] = nn.PReLU(13)
+    fused = fastseq.optimize(model)
+    grid.capture(is_captured)
+    with torch.no_grad():
+        before = fused(x)
+        held = [run.packed_bytes() for run in compiled_runs(fused, x) if run is not None]
+        for layer in (1, 5, 7, 10, 15):
+            for name, value in fused[layer].state_dict().items():
+                if not value.is_floating_point():
+                    continue
+                value.data.mul_(1.25).add_(0.1)  # changes neither address nor version
+                assert not torch.equal(fused(x), before), f"{layer}.{name}"
+                before = fused(x)
+            assert_right("ieee", nn.Sequential(*copy.deepcopy(list(fused))), x, before)
+        assert held == [run.packed_bytes() for run in compiled_runs(fused, x) if run is not None]
+    assert_was_fused(fused)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, -1.0, 0.0, 1e-42, 1e30])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_statistics_of_any_size(name: str, value: float) -> None:
+    """What torch's CUDA kernels make of them; its CPU kernels multiply mean and scale, NaN where both are odd."""
+    for layers, x in (
+        ([nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8, eps=0.0), nn.MaxPool2d(2)], torch.randn(2, 6, 9, 9)),
+        ([nn.Linear(40, 8), nn.BatchNorm1d(8, eps=0.0)], torch.randn(3, 40)),
+    ):
+        model = settle(nn.Sequential(*layers))
+        norm = model[1]
+        with torch.no_grad():
+            getattr(norm, name)[3] = value
+            shape = (1, 8) + (1,) * (x.dim() - 2)
+            mean, variance, gain, shift = (
+                getattr(norm, n).double().view(shape) for n in ("running_mean", "running_var", "weight", "bias")
+            )
+            sums = copy.deepcopy(model[0]).double()(x.double())
+            expected = (sums - mean) * variance.rsqrt() * gain + shift
+            expected = model[2](expected) if len(model) == 3 else expected
+            actual = run_fused(model, x)
+        assert torch.equal(actual.isnan(), expected.isnan()) and torch.equal(actual.isinf(), expected.float().isinf())
+        torch.testing.assert_close(actual, expected.float(), equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ieee", "bfloat16"])
+def test_finished_results_of_libraries(kind: str) -> None:
+    for layers, shape, kernel in (
+        (
+            [nn.Conv2d(128, 16, 3), nn.BatchNorm2d(16), nn.GELU(), nn.MaxPool2d(2)],
+            (1, 128, 68, 66),
+            "cudnn_convolution",
+        ),
+        (
+            [nn.Conv2d(128, 16, 3), nn.BatchNorm2d(16), nn.MaxPool2d(3, 2), nn.Mish()],
+            (1, 128, 68, 66),
+            "cudnn_convolution",
+        ),
+        ([nn.Conv2d(128, 16, 3), nn.Sigmoid()], (1, 128, 68, 66), "cudnn_convolution"),
+        ([nn.Linear(512, 520), nn.BatchNorm1d(520), nn.SiLU(), nn.Linear(520, 3)], (33, 512), "_addmm_activation"),
+        ([nn.Linear(512, 520), nn.PReLU(520), nn.Linear(520, 3)], (33, 512), "_addmm_activation"),
+    ):
+        model, x = prepare(kind, settle(nn.Sequential(*layers)), torch.randn(shape))
+        x.view(-1)[7] = torch.inf
+        fused = fastseq.optimize(model)
+        with torch.no_grad():
+            actual, eager = fused(x), model(x)
+            torch.testing.assert_close(actual.isnan(), eager.isnan())
+            assert_right(kind, model, x.nan_to_num(0, 0, 0), fused(x.nan_to_num(0, 0, 0)))
+        assert_was_fused(fused)
+        assert kernels_used(fused)[0].startswith(f"{kernel} + maxpool2d_")
+
+
+def test_a_pool_of_its_own_leaves_zeros_between_channels() -> None:
+    """Ten channels lie in twelve, and the next convolution multiplies those too."""
+    for activation in (nn.Sigmoid(), nn.GELU(), nn.Softplus()):
+        layers = [nn.Conv2d(4, 10, 3), nn.BatchNorm2d(10), nn.MaxPool2d(15, 3), activation, nn.Conv2d(10, 4, 2)]
+        model, x = settle(nn.Sequential(*layers)), torch.randn(2, 4, 30, 30)
+        assert_right("ieee", model, x, run_fused(model, x))
+        spread = nn.Sequential(*layers[:2], activation, *layers[2:3], layers[4])
+        assert_right("ieee", spread, x, run_fused(spread, x))
 
 
 # Handing over -----------------------------------------------------------------------------------------------------

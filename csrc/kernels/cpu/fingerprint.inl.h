@@ -5,7 +5,7 @@
 // adversary. Four operations for a vector, and enough streams to hide their latency: as fast as the L2 cache gives.
 
 typedef uint64_t Words __attribute__((vector_size(8 * (kLanes / 2))));
-typedef uint64_t WordsU __attribute__((vector_size(8 * (kLanes / 2)), aligned(4), may_alias));
+typedef uint64_t WordsU __attribute__((vector_size(8 * (kLanes / 2)), aligned(2), may_alias));  // pairs of 16-bit weights too
 
 constexpr uint64_t kFactor = 4294883355u;
 

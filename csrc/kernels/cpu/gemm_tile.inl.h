@@ -1,10 +1,14 @@
 // gemm_tile: the register tile under convolution and Linear.
 // A tile holds kRowsT rows (pixels or batch rows) x kVec vectors of output channels in registers and walks the reduction once:
 // one vector load per weight vector, one broadcast per row and step, kRowsT * kVec fused multiply-adds.
+// Product says what an element is and how two are multiplied: a float, or a pair of bfloat16 numbers in the place of one.
 // Idea: implicit GEMM on NHWC, the reduction in the broadcast operand, so that channel counts need no padding; register-blocked
 // outer product as in Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
 // The sum of one output runs over k ascending in partial sums that depend on the layer only: its bits are the same for every tile
 // shape, batch size and thread count.
+
+// Totals are set before they are read, which the compiler does not see.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 // The contract of every loop below, checked in debug builds.
 static FASTSEQ_INLINE void check_job(const TileJob& job, int panel_lanes) {
@@ -25,7 +29,22 @@ static FASTSEQ_INLINE void prefetch_ahead(const float* weight) {
 // little (4096-4096, 4 rows, a Xeon with AMX: 2048, 4096 and 8192 bytes take 0.86, 0.72 and 0.68 of the time without).
 constexpr int64_t kWeightsAhead = 1024;
 
-template <int kRowsT, int kVec>
+// Sums that are multiplied by a scale first, if there is one: in one expression, so that all loops round alike.
+template <typename Product>
+static FASTSEQ_INLINE Vec add_bias(const TileJob& job, Vec sum, int lane) {
+  const Vec bias = load(job.bias + lane);
+  if constexpr (Product::kScales)
+    if (__builtin_expect(job.scale != nullptr, 0)) return sum * load(job.scale + lane) + bias;
+  return sum + bias;
+}
+
+struct FloatProduct {
+  static constexpr bool kScales = false;
+  static FASTSEQ_INLINE Vec spread(const float* x) { return splat(*x); }
+  static FASTSEQ_INLINE Vec add(Vec sum, Vec x, Vec weight) { return sum + x * weight; }
+};
+
+template <typename Product, int kRowsT, int kVec>
 static FASTSEQ_INLINE void accumulate(const TileJob& job, const int32_t* src_offset, const float* sums, Vec (&acc)[kRowsT][kVec]) {
   const float* src[kRowsT];
 #pragma GCC unroll 16
@@ -54,9 +73,9 @@ static FASTSEQ_INLINE void accumulate(const TileJob& job, const int32_t* src_off
       if constexpr (kVec > 1) prefetch_ahead<kVec * kLanes>(weight + kWeightsAhead);
 #pragma GCC unroll 16
       for (int i = 0; i < kRowsT; ++i) {
-        const Vec x = splat(src[i][k]);
+        const Vec x = Product::spread(src[i] + k);
 #pragma GCC unroll 16
-        for (int j = 0; j < kVec; ++j) acc[i][j] += x * w[j];
+        for (int j = 0; j < kVec; ++j) acc[i][j] = Product::add(acc[i][j], x, w[j]);
       }
       weight += kVec * kLanes;
     } while (++k < end);
@@ -98,7 +117,7 @@ static FASTSEQ_INLINE void store_row(float* dst, const Vec (&row)[kVec], int lan
 }
 
 // conv2d and linear: kRowsT rows x kVec vectors per tile.
-template <int kRowsT, int kVec>
+template <typename Product, int kRowsT, int kVec>
 static void tile_loop(const TileJob& job, int64_t tiles) {
   check_job(job, kVec * kLanes);
   const int32_t* src_offset = job.src_offset;
@@ -107,7 +126,7 @@ static void tile_loop(const TileJob& job, int64_t tiles) {
   const Vec lower = splat(job.lower);
   for (int64_t t = 0; t < tiles; ++t, src_offset += kRowsT, dst_offset += kRowsT) {
     Vec acc[kRowsT][kVec];
-    accumulate<kRowsT, kVec>(job, src_offset, job.has_sums ? sums : nullptr, acc);
+    accumulate<Product, kRowsT, kVec>(job, src_offset, job.has_sums ? sums : nullptr, acc);
     if (__builtin_expect(sums != nullptr, 0)) {
       float* const to = sums;
       sums += kRowsT * job.sums_stride;
@@ -120,20 +139,29 @@ static void tile_loop(const TileJob& job, int64_t tiles) {
       }
     }
 #pragma GCC unroll 16
-    for (int j = 0; j < kVec; ++j) {
-      const Vec bias = load(job.bias + j * kLanes);
+    for (int j = 0; j < kVec; ++j)
 #pragma GCC unroll 16
-      for (int i = 0; i < kRowsT; ++i) acc[i][j] = clamp_below(acc[i][j] + bias, lower);
-    }
+      for (int i = 0; i < kRowsT; ++i) acc[i][j] = clamp_below(add_bias<Product>(job, acc[i][j], j * kLanes), lower);
 #pragma GCC unroll 16
     for (int i = 0; i < kRowsT; ++i) store_row<kVec>(job.dst + dst_offset[i], acc[i], job.lanes);
   }
 }
 
+// A scale may be negative: then it comes first.
+template <typename Product>
+static FASTSEQ_INLINE Vec pool_sums(const TileJob& job, Vec a, Vec b, Vec c, Vec d, int lane) {
+  if constexpr (Product::kScales)
+    if (__builtin_expect(job.scale != nullptr, 0))
+      return pool_max(
+          pool_max(pool_max(add_bias<Product>(job, a, lane), add_bias<Product>(job, b, lane)), add_bias<Product>(job, c, lane)),
+          add_bias<Product>(job, d, lane));
+  return pool_max(pool_max(pool_max(a, b), c), d) + load(job.bias + lane);
+}
+
 // conv2d + 2x2 max-pool: rows are numbered window by window, so that a window's four sums sit in one tile.
 // The raw sums are pooled and bias, ReLU and rounding follow once per window: rounding is monotone and ReLU too, so the bits are
 // those of pooling last, for a quarter of the work.
-template <int kWindows, int kVec>
+template <typename Product, int kWindows, int kVec>
 static void pool_tile_loop(const TileJob& job, int64_t tiles) {
   check_job(job, kVec * kLanes);
   const int32_t* src_offset = job.src_offset;
@@ -141,18 +169,13 @@ static void pool_tile_loop(const TileJob& job, int64_t tiles) {
   const Vec lower = splat(job.lower);
   for (int64_t t = 0; t < tiles; ++t, src_offset += 4 * kWindows, dst_offset += kWindows) {
     Vec acc[4 * kWindows][kVec];
-    accumulate<4 * kWindows, kVec>(job, src_offset, nullptr, acc);
+    accumulate<Product, 4 * kWindows, kVec>(job, src_offset, nullptr, acc);
 #pragma GCC unroll 16
-    for (int j = 0; j < kVec; ++j) {
-      const Vec bias = load(job.bias + j * kLanes);
+    for (int j = 0; j < kVec; ++j)
 #pragma GCC unroll 16
-      for (int i = 0; i < kWindows; ++i) {
-        Vec max = pool_max(acc[4 * i][j], acc[4 * i + 1][j]);
-        max = pool_max(max, acc[4 * i + 2][j]);
-        max = pool_max(max, acc[4 * i + 3][j]);
-        acc[i][j] = clamp_below(max + bias, lower);
-      }
-    }
+      for (int i = 0; i < kWindows; ++i)
+        acc[i][j] = clamp_below(
+            pool_sums<Product>(job, acc[4 * i][j], acc[4 * i + 1][j], acc[4 * i + 2][j], acc[4 * i + 3][j], j * kLanes), lower);
 #pragma GCC unroll 16
     for (int i = 0; i < kWindows; ++i) store_row<kVec>(job.dst + dst_offset[i], acc[i], job.lanes);
   }
@@ -160,7 +183,7 @@ static void pool_tile_loop(const TileJob& job, int64_t tiles) {
 
 // linear with one to three rows: kPanels panels side by side, so that there are enough independent sums to hide the latency of a
 // fused multiply-add, and the weights stream from several places at once. The panels are job.panel_stride apart.
-template <int kRowsT, int kPanelsT, int kVec>
+template <typename Product, int kRowsT, int kPanelsT, int kVec>
 static void row_tile_loop(const TileJob& job, int64_t tiles) {
   check_job(job, kVec * kLanes);
   constexpr int kAll = kPanelsT * kVec;
@@ -183,14 +206,14 @@ static void row_tile_loop(const TileJob& job, int64_t tiles) {
       for (int32_t k = 0; k < length; ++k, weight += kVec * kLanes) {
         Vec x[kRowsT];
 #pragma GCC unroll 16
-        for (int i = 0; i < kRowsT; ++i) x[i] = splat(src[src_offset[i] + k]);
+        for (int i = 0; i < kRowsT; ++i) x[i] = Product::spread(src + src_offset[i] + k);
 #pragma GCC unroll 16
         for (int p = 0; p < kPanelsT; ++p)
 #pragma GCC unroll 16
           for (int j = 0; j < kVec; ++j) {
             const Vec w = *reinterpret_cast<const Vec*>(weight + p * job.panel_stride + j * kLanes);
 #pragma GCC unroll 16
-            for (int i = 0; i < kRowsT; ++i) acc[i][p * kVec + j] += x[i] * w;
+            for (int i = 0; i < kRowsT; ++i) acc[i][p * kVec + j] = Product::add(acc[i][p * kVec + j], x[i], w);
           }
       }
       position += length;
@@ -210,28 +233,48 @@ static void row_tile_loop(const TileJob& job, int64_t tiles) {
 #pragma GCC unroll 16
       for (int j = 0; j < kAll; ++j) {
         if (has_total) acc[i][j] = total[i][j] + acc[i][j];
-        acc[i][j] = clamp_below(acc[i][j] + load(job.bias + j * kLanes), lower);
+        acc[i][j] = clamp_below(add_bias<Product>(job, acc[i][j], j * kLanes), lower);
       }
       store_row<kAll>(job.dst + dst_offset[i], acc[i], (kPanelsT - 1) * kVec * kLanes + job.lanes);
     }
   }
 }
 
-// Independent multiply-adds on as many accumulators as a tile has: the rate no tile can exceed.
-static double fma_probe(int64_t iterations, float* sink) {
-  constexpr int kChains = 12;
-  Vec acc[kChains];
-#pragma GCC unroll 16
-  for (int i = 0; i < kChains; ++i) acc[i] = splat(static_cast<float>(i));
-  const Vec x = splat(0.5f), y = splat(*sink);
-  for (int64_t n = 0; n < iterations; ++n) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * x + y;
+// --- the table ------------------------------------------------------------------------------------------------------------
+
+template <typename Product, int kVec, int kRowsT>
+static constexpr void add_tiles(TileTable& table) {
+  table.tile[kVec][kRowsT] = tile_loop<Product, kRowsT, kVec>;
+  if constexpr (kRowsT > 1) add_tiles<Product, kVec, kRowsT - 1>(table);
+}
+
+template <typename Product, int kVec, int kWindows>
+static constexpr void add_pool_tiles(TileTable& table) {
+  if constexpr (kWindows > 0) {
+    table.pool_tile[kVec][kWindows] = pool_tile_loop<Product, kWindows, kVec>;
+    add_pool_tiles<Product, kVec, kWindows - 1>(table);
   }
-  Vec sum = acc[0];
-  for (int i = 1; i < kChains; ++i) sum += acc[i];
-  float out = 0;
-  for (int i = 0; i < kLanes; ++i) out += sum[i];
-  *sink = out;
-  return 2.0 * kChains * kLanes * static_cast<double>(iterations);
+}
+
+template <typename Product, int kRowsT, int kPanelsT>
+static constexpr void add_row_tiles(TileTable& table) {
+  table.row_tile[kRowsT][kPanelsT] = row_tile_loop<Product, kRowsT, kPanelsT, kPreferredVectors>;
+  if constexpr (kPanelsT > 1) add_row_tiles<Product, kRowsT, kPanelsT - 1>(table);
+}
+
+template <typename Product>
+static constexpr TileTable make_tile_table() {
+  TileTable table = {};
+  table.preferred_vectors = kPreferredVectors, table.preferred_pool_vectors = kPreferredPoolVectors;
+  table.max_rows[1] = kRows1, table.max_rows[2] = kRows2, table.max_rows[3] = kRows3, table.max_rows[4] = kRows4;
+  table.pool_rows[1] = 4 * kWindows1, table.pool_rows[2] = 4 * kWindows2;
+  table.pool_rows[3] = 4 * kWindows3, table.pool_rows[4] = 4 * kWindows4;
+  table.row_panels[1] = kRowPanels1, table.row_panels[2] = kRowPanels2, table.row_panels[3] = kRowPanels3;
+  add_tiles<Product, 1, kRows1>(table), add_tiles<Product, 2, kRows2>(table);
+  add_tiles<Product, 3, kRows3>(table), add_tiles<Product, 4, kRows4>(table);
+  add_pool_tiles<Product, 1, kWindows1>(table), add_pool_tiles<Product, 2, kWindows2>(table);
+  add_pool_tiles<Product, 3, kWindows3>(table), add_pool_tiles<Product, 4, kWindows4>(table);
+  add_row_tiles<Product, 1, kRowPanels1>(table), add_row_tiles<Product, 2, kRowPanels2>(table);
+  add_row_tiles<Product, 3, kRowPanels3>(table);
+  return table;
 }

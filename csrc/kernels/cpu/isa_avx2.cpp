@@ -12,6 +12,7 @@ namespace avx2 {
 
 constexpr char kIsa[] = "avx2";
 constexpr int kLanes = 8;
+constexpr bool kHasManyRegisters = false;
 constexpr int kPreferredVectors = 2, kPreferredPoolVectors = 3;
 constexpr int kRows1 = 8, kRows2 = 6, kRows3 = 4, kRows4 = 3;
 constexpr int kWindows1 = 2, kWindows2 = 1, kWindows3 = 1, kWindows4 = 0;

@@ -3,33 +3,21 @@
 // the enclosing namespace. The limits say which tiles keep every accumulator, the weights and a broadcast in registers.
 
 #include "kernels/cpu/activation.inl.h"
+#include "kernels/cpu/convert.inl.h"
+#include "kernels/cpu/depthwise.inl.h"
 #include "kernels/cpu/fingerprint.inl.h"
+#include "kernels/cpu/fma_probe.inl.h"
 #include "kernels/cpu/gemm_tile.inl.h"
 #include "kernels/cpu/in_place.inl.h"
 #include "kernels/cpu/layout.inl.h"
 #include "kernels/cpu/plane.inl.h"
 #include "kernels/cpu/pool.inl.h"
+#include "kernels/cpu/rows.inl.h"
+#include "kernels/cpu/scale.inl.h"
+#include "kernels/cpu/softmax.inl.h"
+#include "kernels/cpu/statistics.inl.h"
+#include "kernels/cpu/upsample.inl.h"
 #include "kernels/cpu/winograd.inl.h"
-
-template <int kVec, int kRowsT>
-static constexpr void add_tiles(KernelSet& set) {
-  set.tile[kVec][kRowsT] = tile_loop<kRowsT, kVec>;
-  if constexpr (kRowsT > 1) add_tiles<kVec, kRowsT - 1>(set);
-}
-
-template <int kVec, int kWindows>
-static constexpr void add_pool_tiles(KernelSet& set) {
-  if constexpr (kWindows > 0) {
-    set.pool_tile[kVec][kWindows] = pool_tile_loop<kWindows, kVec>;
-    add_pool_tiles<kVec, kWindows - 1>(set);
-  }
-}
-
-template <int kRowsT, int kPanelsT>
-static constexpr void add_row_tiles(KernelSet& set) {
-  set.row_tile[kRowsT][kPanelsT] = row_tile_loop<kRowsT, kPanelsT, kPreferredVectors>;
-  if constexpr (kPanelsT > 1) add_row_tiles<kRowsT, kPanelsT - 1>(set);
-}
 
 template <int kRowsT>
 static constexpr void add_in_place(KernelSet& set) {
@@ -54,16 +42,7 @@ static constexpr KernelSet make_kernel_set() {
   KernelSet set = {};
   set.isa = kIsa;
   set.lanes = kLanes;
-  set.preferred_vectors = kPreferredVectors;
-  set.preferred_pool_vectors = kPreferredPoolVectors;
-  set.max_rows[1] = kRows1, set.max_rows[2] = kRows2, set.max_rows[3] = kRows3, set.max_rows[4] = kRows4;
-  set.pool_rows[1] = 4 * kWindows1, set.pool_rows[2] = 4 * kWindows2;
-  set.pool_rows[3] = 4 * kWindows3, set.pool_rows[4] = 4 * kWindows4;
-  add_tiles<1, kRows1>(set), add_tiles<2, kRows2>(set), add_tiles<3, kRows3>(set), add_tiles<4, kRows4>(set);
-  add_pool_tiles<1, kWindows1>(set), add_pool_tiles<2, kWindows2>(set);
-  add_pool_tiles<3, kWindows3>(set), add_pool_tiles<4, kWindows4>(set);
-  set.row_panels[1] = kRowPanels1, set.row_panels[2] = kRowPanels2, set.row_panels[3] = kRowPanels3;
-  add_row_tiles<1, kRowPanels1>(set), add_row_tiles<2, kRowPanels2>(set), add_row_tiles<3, kRowPanels3>(set);
+  set.tiles = make_tile_table<FloatProduct>();
   set.in_place_rows = kInPlaceRows;
   add_in_place<kInPlaceRows>(set);
   set.in_place_tile[1] = in_place_tile_loop<kRows1, 1>, set.in_place_tile[2] = in_place_tile_loop<kRows2, 2>;
@@ -77,8 +56,14 @@ static constexpr KernelSet make_kernel_set() {
   set.winograd_output[1][0] = winograd_output<2, false>, set.winograd_output[1][1] = winograd_output<2, true>;
   add_small_winograd<kMostSmallChannels>(set);
   set.plane_row[0] = plane_row<false>, set.plane_row[1] = plane_row<true>;
-  set.pool_row = pool_row;
+  set.depthwise_rows = depthwise_rows, set.depthwise_pixels = kDepthwisePixels;
+  add_pools(set);
+  set.blend_row = blend_row;
+  set.scale_rows = scale_rows;
+  set.centered_rows = centered_rows, set.channel_moments = channel_moments, set.layer_norm_rows = layer_norm_rows;
+  set.softmax_rows[0] = softmax_rows<false>, set.softmax_rows[1] = softmax_rows<true>;
   add_activations(set);
+  add_conversions<Bf16>(set, Storage::kBf16), add_conversions<F16>(set, Storage::kF16);
   set.transpose = transpose;
   set.fingerprint = fingerprint, set.fingerprint_sample = fingerprint_sample;
   set.fma_probe = fma_probe;

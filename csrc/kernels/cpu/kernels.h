@@ -9,12 +9,13 @@
 #include <vector>
 
 #include "kernels/activation.h"
+#include "kernels/storage.h"
 
 namespace fastseq::cpu {
 
 // Upper limits over all instruction sets, for table dimensions.
 constexpr int kMaxVectors = 4;      // vectors of output channels in a register tile
-constexpr int kMaxRows = 14;        // rows (pixels) in a register tile
+constexpr int kMaxRows = 32;        // rows (pixels) in a register tile
 constexpr int kMaxPanels = 4;       // weight panels that a row kernel takes side by side
 constexpr int kLineFloats = 16;     // of a cache line
 constexpr int kLongestRun = 192;    // of a reduction over weights that are read in place
@@ -38,6 +39,7 @@ struct TileJob {
   const float* weight;   // one panel, [k][vectors * lanes], 64-byte aligned
   int64_t panel_stride;  // to the next panel of the same width (row kernels only)
   const float* bias;     // vectors * lanes values per panel, zero-filled
+  const float* scale;    // as the bias: what the sum is multiplied by before; null for 1, as always but for pairs
   float lower;           // 0 for ReLU, -inf for none
   float* dst;
   const int32_t* dst_offset;  // one per row, or one per window
@@ -150,15 +152,45 @@ struct PlaneJob {
 };
 using PlaneRow = void (*)(const PlaneJob& job);
 
-// One output row of a max-pool over NHWC rows: dst[x][c] = max(lower, max over the window, NaN kept as eager keeps it).
+// Rows of a depthwise convolution, each channel with a filter of its own, or of one with a few input channels (terms) for each
+// output channel. Lanes are output channels.
+struct DepthwiseJob {
+  const float* src;                   // the pixel under the first tap of the first output
+  int64_t src_row_stride, src_pitch;  // elements from an output's row or pixel to the next one's
+  int64_t tap_row_stride, tap_pitch;  // from a tap to the next
+  int32_t k_h, k_w;
+  int32_t terms;         // of a tap: 1 where it is depthwise
+  const int32_t* index;  // else [vector of channels][term][lane], aligned: where behind first_channel[vector] a lane's term is
+  const int32_t* first_channel;  // [vector of channels]
+  const float* weight;           // [vector of channels][tap][term][lane]
+  const float* bias;             // zero-filled up to whole vectors, as the source is readable
+  float lower;
+  int32_t rows, width;  // of the output
+  int32_t channels;     // that are written
+  float* dst;
+  int64_t dst_row_stride, dst_pitch;
+};
+using DepthwiseRows = void (*)(const DepthwiseJob& job);
+
+// A window's pixels in a row or column, those inside the image: the first, and how many, at least one. count: how many an average
+// takes them for.
+struct PoolSpan {
+  int32_t begin, pixels;
+  float count;
+};
+
+// One output row of a pool over NHWC rows: dst[x][c] = max(lower, the window's maximum, NaN kept as eager keeps it, or its sum
+// divided by both counts).
 struct PoolRowJob {
-  const float* src;  // the first of the window's rows inside the image, at x = 0
-  int64_t row_stride;
-  int32_t row_count;      // at least 1
-  const float* ring_end;  // a row that would start here starts at ring_begin instead
-  const float* ring_begin;
-  int32_t w_in, w_out;
-  int32_t k_w, stride_w, pad_w;
+  const float* src;     // the first of the window's rows inside the image, at x = 0
+  int64_t row_stride;   // from one of the window's rows to the next
+  int32_t row_count;    // at least 1
+  float row_divisor;    // of an average, their count
+  int64_t ring_floats;  // a row that would start at ring_end or behind starts as much before it
+  const float* ring_end;
+  int32_t w_out;
+  int64_t column_step;           // pixels from one of a window to the next
+  const PoolSpan* columns;       // one per output pixel
   int64_t src_pitch, dst_pitch;  // elements from a pixel to the next
   int32_t channels;
   int32_t can_overread;  // the source may be read up to the next multiple of the vector width
@@ -166,6 +198,64 @@ struct PoolRowJob {
   float* dst;
 };
 using PoolRow = void (*)(const PoolRowJob& job);
+
+// Of which two pixels of a row a pixel is the sum, and with which weights.
+struct Blend {
+  int32_t first, second;
+  float first_weight, second_weight;
+};
+
+// One output row of a bilinear upsampling over NHWC rows: dst[x][c] = the sum of the column's two pixels of both rows, weighted.
+struct BlendRowJob {
+  const float *top, *bottom;  // the two rows
+  float top_weight, bottom_weight;
+  const Blend* columns;  // one per output pixel
+  int32_t w_out;
+  int32_t channels;
+  int64_t src_pitch, dst_pitch;  // elements from a pixel to the next
+  bool can_overread;             // the source may be read up to the next multiple of the vector width
+  float* dst;
+};
+using BlendRow = void (*)(const BlendRowJob& job);
+
+// dst[row][lane] = max(lower, src[row][lane] * scale[lane] + shift[lane]).
+struct ScaleJob {
+  const float* src;
+  float* dst;
+  int64_t src_stride, dst_stride;  // from a row to the next
+  int64_t rows, lanes;
+  bool can_overread;           // the source's rows may be read up to whole vectors
+  const float *scale, *shift;  // whole vectors
+  float lower;
+};
+using ScaleRows = void (*)(const ScaleJob& job);
+
+// The same of (src[row][lane] - center[lane]).
+using CenteredRows = void (*)(const ScaleJob& job, const float* center);
+// The same of each row less its mean, divided by the root of its variance and eps.
+using LayerNormRows = void (*)(const ScaleJob& job, double eps);
+
+// Of the pixels of a map, by channel: the sums of (pixel - center) * share, and of their squares times share.
+struct MomentsJob {
+  const float* src;
+  int64_t row_stride, pitch;
+  int64_t rows, width, channels;
+  bool can_overread;    // as in ScaleJob
+  const float* center;  // whole vectors, as the sums
+  float share;
+  float *mean, *square;
+};
+using ChannelMoments = void (*)(const MomentsJob& job);
+
+// dst[row][lane] = the softmax of the row, or its logarithm. dst may be src.
+struct SoftmaxJob {
+  const float* src;
+  float* dst;
+  int64_t src_stride, dst_stride;  // from a row to the next
+  int64_t rows, lanes;
+  bool can_overread;  // as in ScaleJob
+};
+using SoftmaxRows = void (*)(const SoftmaxJob& job);
 
 // data[row][lane] = the activation of itself, see activation.inl.h.
 struct ActivationJob {
@@ -176,6 +266,15 @@ struct ActivationJob {
   const float* slopes;  // of PReLU only: one per lane, readable in whole vectors; one for all lanes is kLeakyRelu
 };
 using ActivationLoop = void (*)(const ActivationJob& job);
+
+// Rows of numbers from one type to another, see convert.inl.h. What lies between the rows is neither read nor written.
+struct ConvertJob {
+  const void* src;
+  void* dst;
+  int64_t rows, lanes;             // numbers in a row
+  int64_t src_stride, dst_stride;  // from a row to the next, in numbers of the type that each holds
+};
+using ConvertLoop = void (*)(const ConvertJob& job);
 
 // dst[i * dst_stride + j] = src[j * src_stride + i] for i < rows_out, j < cols_out.
 // With can_overread, source rows (over i) may be read up to the next multiple of 8 elements.
@@ -190,10 +289,8 @@ constexpr int kSampleLines = 64;
 // Multiply-adds at full rate for `iterations` rounds; returns the floating point operations done. For measuring the machine's peak.
 using FmaProbe = double (*)(int64_t iterations, float* sink);
 
-// Everything that one instruction set offers.
-struct KernelSet {
-  const char* isa;
-  int lanes;                       // floats in a vector
+// The register tiles of one instruction set and product.
+struct TileTable {
   int max_rows[kMaxVectors + 1];   // largest tile height for 1..kMaxVectors vectors, 0 where that width has none
   int pool_rows[kMaxVectors + 1];  // the same for pooled tiles, a multiple of 4
   int preferred_vectors;           // tile width for layers with many channels
@@ -202,29 +299,56 @@ struct KernelSet {
   TileLoop pool_tile[kMaxVectors + 1][kMaxRows / 4 + 1];  // by windows in the tile
   TileLoop row_tile[4][kMaxPanels + 1];                   // 1..3 rows, several panels of preferred_vectors at once
   int row_panels[4];                                      // how many panels that is
-  InPlaceLoop in_place[kMaxInPlaceRows + 1];              // by rows of the source
-  InPlaceTileLoop in_place_tile[kMaxVectors + 1];         // by vectors of rows of the source, max_rows weight rows at a time
-  int in_place_rows;                                      // how many rows of the source the former take
-  int product_rows[kMaxVectors + 1];                      // as max_rows
+};
+
+// Everything that one instruction set offers.
+struct KernelSet {
+  const char* isa;
+  int lanes;  // floats in a vector
+  TileTable tiles;
+  InPlaceLoop in_place[kMaxInPlaceRows + 1];       // by rows of the source
+  InPlaceTileLoop in_place_tile[kMaxVectors + 1];  // by vectors of rows of the source, tiles.max_rows weight rows at a time
+  int in_place_rows;                               // how many rows of the source the former take
+  int product_rows[kMaxVectors + 1];               // as max_rows
   ProductLoop product[kMaxVectors + 1][kMaxRows + 1];
   WinogradInput winograd_input, winograd_small_input;
   WinogradOutput winograd_output[2][2];                             // by 3x3 or 5x5, by whether it pools
   WinogradOutput winograd_small_output[2][kMostSmallChannels + 1];  // 3x3 only, by whether it pools
   PlaneRow plane_row[2];                                            // by whether it pools
+  DepthwiseRows depthwise_rows;
+  int depthwise_pixels;  // of a row that it takes together
   PoolRow pool_row;
-  ActivationLoop activation[kActivations];  // by Activation; null for none and for ReLU, which is a clamp wherever lower is
+  PoolRow average_row[2];  // by whether long sums are taken in parts
+  BlendRow blend_row;
+  ScaleRows scale_rows;
+  CenteredRows centered_rows;
+  ChannelMoments channel_moments;
+  LayerNormRows layer_norm_rows;
+  SoftmaxRows softmax_rows[2];                      // by whether it is the logarithm
+  ActivationLoop activation[kActivations];          // by Activation; null for none and for ReLU, which is a clamp wherever lower is
+  ConvertLoop widen[kStorages], narrow[kStorages];  // by Storage, to and from floats; null for float32
+  ActivationLoop round[kStorages];                  // to numbers of that type; null for float32
   Transpose transpose;
   Fingerprint fingerprint, fingerprint_sample;
   FmaProbe fma_probe;
 };
 
+// Tiles that take the places of a KernelSet's, on pairs of bfloat16 numbers: wherever TileJob has a float of
+// the source or of a weight there is a pair, and offsets, lengths and strides count pairs. Biases, sums and results are floats.
+struct Bf16Tiles {
+  const char* isa;
+  double speed;  // of a convolution, against one in float32
+  TileTable tiles;
+};
+
 // An entry of the kernel list: what can be chosen, forced by FASTSEQ_KERNEL and is walked by the tests.
 struct KernelRow {
-  std::string name;  // <op>_f32__<isa>_<rows>x<lanes>
+  std::string name;  // <op>_<dtype>__<isa>_<rows>x<lanes>
   std::string op;
   std::string isa;
   int rows;
   int vectors;
+  bool is_bf16;
   bool is_supported;  // by this CPU
   bool is_test_only;  // never chosen unless asked for by name
 };
@@ -233,18 +357,30 @@ struct Isa {
   const KernelSet* kernels;
   bool is_supported;
   bool is_test_only;
+  struct Bf16 {
+    const Bf16Tiles* tiles;
+    bool is_supported;
+  };
+  std::vector<Bf16> bf16 = {};  // that may take the places of its tiles, the best first
 };
 
 // Best first; the portable one, which every CPU runs, is the last that is not test only.
 const std::vector<Isa>& isas();
 std::vector<KernelRow> kernel_rows();
 
-// The best supported instruction set not above `cap` ("" for no cap). Null if the cap names none.
+// The best supported instruction set not above `cap` ("" for no cap), which may be that of bfloat16 tiles. Null if the cap names
+// none.
 const KernelSet* select_isa(const std::string& cap);
+// The best bfloat16 tiles beside it. Null where there are none, this CPU has not the instruction, or the cap is below it.
+const Bf16Tiles* select_bf16(const std::string& cap);
 
 const KernelSet& kernels_avx512();
 const KernelSet& kernels_avx2();
 const KernelSet& kernels_portable();
 const KernelSet& kernels_emulated512();
+const Bf16Tiles& bf16_tiles_avx512();
+const Bf16Tiles& bf16_tiles_amx();
+const Bf16Tiles& bf16_tiles_emulated512();
+const Bf16Tiles& bf16_tiles_emulated_amx();
 
 }  // namespace fastseq::cpu

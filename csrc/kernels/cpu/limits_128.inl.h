@@ -4,6 +4,7 @@
 // and 3x3 35 % faster than 4x3, which spills.
 constexpr int kLanes = 4;
 #if defined(__aarch64__)
+constexpr bool kHasManyRegisters = true;
 constexpr int kPreferredVectors = 3, kPreferredPoolVectors = 3;
 constexpr int kRows1 = 12, kRows2 = 12, kRows3 = 8, kRows4 = 5;
 constexpr int kWindows1 = 3, kWindows2 = 3, kWindows3 = 2, kWindows4 = 1;
@@ -12,6 +13,7 @@ constexpr int kInPlaceRows = 4;
 constexpr int kProductRows1 = 12, kProductRows2 = 10, kProductRows3 = 7, kProductRows4 = 5;
 constexpr int kPlaneOuts = 6;
 #else
+constexpr bool kHasManyRegisters = false;
 constexpr int kPreferredVectors = 4, kPreferredPoolVectors = 2;
 constexpr int kRows1 = 7, kRows2 = 6, kRows3 = 3, kRows4 = 3;
 constexpr int kWindows1 = 1, kWindows2 = 1, kWindows3 = 0, kWindows4 = 0;

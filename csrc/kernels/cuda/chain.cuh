@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/finish.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/ptx.h"
 

@@ -11,13 +11,17 @@
 // ahead. Rows are kStepBytes + 16 bytes apart: eight of them touch different banks, for ldmatrix and for 16-byte loads alike.
 //
 // Arithmetic. All kinds keep their accumulators where mma.m16n8 does, so there is one epilogue. Warps may share a tile and split k
-// (kWarpsK): their sums are added in warp order. Accumulates in fp32, k ascending within a warp; bias, pool and ReLU in fp32, one
-// rounding at the end. NaN and infinities as torch: a zero that pads k meets a zero, never a weight.
+// (kWarpsK): their sums are added in warp order. Accumulates in fp32, k ascending within a warp; bias, pool and ReLU, or what else
+// finishes a layer, in fp32, one rounding at the end. NaN and infinities as torch: a zero that pads k meets a zero, never a weight.
+//
+// Epilogues with a BatchNorm or another activation (Finish) take all sums through shared memory, where calls work on them when the
+// accumulators are gone: so there is no instantiation for them, and the kernel has the registers that it has without.
 //
 // Sources: implicit GEMM, Chetlur et al., cuDNN (arXiv:1410.0759); fragment layouts, PTX ISA 8.x, "Matrix Fragments for mma".
 #pragma once
 
 #include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/finish.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/pack.cuh"
 #include "kernels/cuda/ptx.h"
@@ -51,6 +55,7 @@ struct ConvTile {
   static_assert(kTileM % (32 * kWarpsM) == 0, "a warp holds whole groups of 8 windows");
   static_assert(kTileN % (16 * kWarpsN) == 0, "ldmatrix.x4 loads two n8 tiles");
   static_assert(kStepBytes % (32 * kWarpsK) == 0, "an mma takes 32 bytes of k");
+  static_assert(kThreads % kTileN == 0, "a thread finishes sums of one channel");
   static_assert(kStages >= 2 && kSharedBytes <= 64 * 1024, "Turing has 64 KiB");
 };
 
@@ -486,6 +491,21 @@ FS_DEVICE void write_sums(const ConvPoolArgs& args, const Sums<Tile>& sums, int 
   }
 }
 
+// The largest of a window of the tile, of which output (tile_y, tile_x) is made.
+template <typename Tile>
+FS_DEVICE float largest_of_window(const ConvPoolArgs& args, const PoolTile& pool, const float* shared, int tile_y, int tile_x,
+                                  int column, float bias) {
+  float largest = -INFINITY;
+  for (int y = tile_y * args.pool_stride_h; y < tile_y * args.pool_stride_h + args.pool_h; ++y) {
+    if (static_cast<unsigned>(pool.sum_y + y) >= static_cast<unsigned>(args.conv_h)) continue;
+    for (int x = tile_x * args.pool_stride_w; x < tile_x * args.pool_stride_w + args.pool_w; ++x) {
+      if (static_cast<unsigned>(pool.sum_x + x) >= static_cast<unsigned>(args.conv_w)) continue;
+      largest = max_nan(largest, shared[(y * pool.sums_w + x) * Tile::kSumStride + column] + bias);
+    }
+  }
+  return largest;
+}
+
 // Windows through shared memory: the sums of the whole block lie in `shared`, rows kSumStride apart.
 template <typename Tile>
 FS_DEVICE void pool_sums(const ConvPoolArgs& args, const float* shared, int tile, int n) {
@@ -502,15 +522,60 @@ FS_DEVICE void pool_sums(const ConvPoolArgs& args, const float* shared, int tile
     const Pixel pixel{pool.image, pool.y + tile_y, pool.x + tile_x, true};
     if (pixel.y >= args.h_out || pixel.x >= args.w_out) continue;
     const float bias = bias_of<Element>(args, n + column);
-    float largest = -INFINITY;
-    for (int y = tile_y * args.pool_stride_h; y < tile_y * args.pool_stride_h + args.pool_h; ++y) {
-      if (static_cast<unsigned>(pool.sum_y + y) >= static_cast<unsigned>(args.conv_h)) continue;
-      for (int x = tile_x * args.pool_stride_w; x < tile_x * args.pool_stride_w + args.pool_w; ++x) {
-        if (static_cast<unsigned>(pool.sum_x + x) >= static_cast<unsigned>(args.conv_w)) continue;
-        largest = max_nan(largest, shared[(y * pool.sums_w + x) * Tile::kSumStride + column] + bias);
+    const float largest = largest_of_window<Tile>(args, pool, shared, tile_y, tile_x, column, bias);
+    output.write(output.offset(pixel), n + column, largest);
+  }
+}
+
+// Bias, BatchNorm and an activation in front of the pool, of all sums of the block. A thread keeps to a channel.
+template <typename Tile>
+FS_DEVICE_CALL void finish_sums(const ConvPoolArgs& args, float* shared, int first_n) {
+  using Element = typename Tile::Element;
+  const int column = static_cast<int>(threadIdx.x) % Tile::kTileN, n = first_n + column;
+  if (n >= args.c_out) return;
+  const ChannelFinish<Element> channel(args.finish, bias_of<Element>(args, n), n);
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x) / Tile::kTileN; row < Tile::kTileM; row += Tile::kThreads / Tile::kTileN) {
+    float& sum = shared[row * Tile::kSumStride + column];
+    const float value = channel.norm(sum);
+    sum = args.finish.is_after_pool ? value : channel.activate(args.finish, value);
+  }
+}
+
+// The pool, an activation behind it, and the output, of finished sums.
+template <typename Tile>
+FS_DEVICE_CALL void write_finished(const ConvPoolArgs& args, const float* shared, int tile, int n) {
+  using Element = typename Tile::Element;
+  const Output<Element> output(args);
+  const bool is_windowed = args.pool_mode == PoolMode::kShared, has_four = args.pool_mode == PoolMode::kRegisters;
+  PoolTile pool = {};
+  if (is_windowed) pool = pool_tile(args, tile);
+  const int pixels = is_windowed ? args.tile_h * args.tile_w : has_four ? Tile::kTileM / 4 : Tile::kTileM;
+  const bool is_channel_fastest = args.dst_c_stride == 1;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < pixels * Tile::kTileN; i += Tile::kThreads) {
+    const int column = is_channel_fastest ? i % Tile::kTileN : i / pixels;
+    const int index = is_channel_fastest ? i / Tile::kTileN : i % pixels;
+    Pixel pixel;
+    float value;
+    if (is_windowed) {
+      const int tile_y = index / args.tile_w, tile_x = index % args.tile_w;
+      pixel = {pool.image, pool.y + tile_y, pool.x + tile_x, true};
+      if (pixel.y >= args.h_out || pixel.x >= args.w_out) continue;
+      value = largest_of_window<Tile>(args, pool, shared, tile_y, tile_x, column, -0.0f);
+    } else {
+      pixel = pixel_of(args, static_cast<int64_t>(tile) * pixels + index);
+      if (!pixel.is_valid) continue;
+      // Window by window, the four sums of one are 8 rows apart.
+      const float* const sum = shared + (has_four ? index / 8 * 32 + index % 8 : index) * Tile::kSumStride + column;
+      value = *sum;
+      if (has_four) {
+        for (int element = 1; element < 4; ++element) value = max_nan(value, sum[element * 8 * Tile::kSumStride]);
       }
     }
-    output.write(output.offset(pixel), n + column, largest);
+    if (args.finish.is_after_pool && n + column < args.c_out)
+      value = ChannelFinish<Element>(args.finish, 0.0f, n + column).activate(args.finish, value);
+    output.write(output.offset(pixel), n + column, value);
   }
 }
 
@@ -567,7 +632,7 @@ FS_DEVICE void conv_pool_block(const ConvPoolArgs& args, int block) {
     block_barrier();
     add_over_warps<Tile>(sums, memory, warp_k, warp_mn);
   }
-  if (args.pool_mode != PoolMode::kShared) {
+  if (args.pool_mode != PoolMode::kShared && !args.finish.is_used) {
     if (warp_k == 0) write_sums<Tile>(args, sums, tile, row, first_n + column);
     return;
   }
@@ -585,7 +650,13 @@ FS_DEVICE void conv_pool_block(const ConvPoolArgs& args, int block) {
           shared[(row + m * 16 + i / 2 * 8 + g) * Tile::kSumStride + column + j * 8 + 2 * t + i % 2] = sums[m][j][i];
   }
   block_barrier();
-  pool_sums<Tile>(args, shared, tile, first_n);
+  if (!args.finish.is_used) {
+    pool_sums<Tile>(args, shared, tile, first_n);
+    return;
+  }
+  finish_sums<Tile>(args, shared, first_n);
+  block_barrier();
+  write_finished<Tile>(args, shared, tile, first_n);
 }
 
 template <typename Tile>

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kernels/activation.h"
+
 #ifdef __CUDACC__
 #define FS_HOST_DEVICE __host__ __device__
 #else
@@ -70,6 +72,26 @@ FS_HOST_DEVICE inline int pack_slices(const PackArgs& args) {
   return slices;
 }
 
+// A layer's epilogue -------------------------------------------------------------------------------------------------------------
+
+// What follows the sums and bias of a layer where that is more than ReLU: a BatchNorm in eval mode, then an activation, channel by
+// channel. The tensors are the modules' own, of the kernel's elements, read where they lie: nothing is copied that could be out of
+// date, in a replayed graph neither.
+struct Finish {
+  int is_used = 0;              // has_relu does not count then
+  int has_norm = 0;             // mean and variance are not null
+  const void* gain = nullptr;   // or null for ones
+  const void* shift = nullptr;  // or null for zeros
+  const void* mean = nullptr;
+  const void* variance = nullptr;
+  float eps = 0;
+  Activation kind = Activation::kNone;
+  float a = 0, b = 0;            // see Activation
+  const void* slopes = nullptr;  // PReLU's
+  int slope_step = 0;            // 1: one a channel, 0: one for all
+  int is_after_pool = 0;         // the activation; the BatchNorm never is
+};
+
 // Convolution + bias + ReLU + max-pool -----------------------------------------------------------------------------------------
 
 enum class PoolMode {
@@ -78,7 +100,8 @@ enum class PoolMode {
   kShared,     // any window: a tile of sums goes through shared memory
 };
 
-// dst[i][n][y][x] = pool(relu(bias[n] + sum_k src * weight[n][k])). A Linear layer is one with images of 1x1.
+// dst[i][n][y][x] = pool(relu(bias[n] + sum_k src * weight[n][k])), or `finish` instead of ReLU. A Linear layer is one with images
+// of 1x1.
 // k runs over (c, y, x) for gather kernels, which read a layer's own contiguous weight; over (y, x, c) with c up to c_pitch for
 // vector kernels, whose src has 16-byte aligned pixels of c_pitch channels (src_c_stride is 1), as its weight has.
 struct ConvPoolArgs {
@@ -99,7 +122,8 @@ struct ConvPoolArgs {
   int h_out = 0, w_out = 0;    // after pooling
   int64_t dst_image_stride = 0, dst_c_stride = 0, dst_h_stride = 0, dst_w_stride = 0;
   int dst_channels = 0;  // c_out, or more: the rest are set to zero
-  PackArgs pack;         // done by additional blocks, for later launches
+  Finish finish;
+  PackArgs pack;  // done by additional blocks, for later launches
 };
 
 struct ConvKernel {
@@ -116,14 +140,15 @@ struct ConvKernel {
 
 constexpr int kMostLayers = 8;
 
-// Row by row: x = relu?(x * weight^T + bias) for each layer. weight (n, k) contiguous, the layer's own; src rows of layers[0].k
-// elements and dst rows of the last layer's n, contiguous in a row.
+// Row by row: x = relu?(x * weight^T + bias) for each layer, or `finish` instead of ReLU. weight (n, k) contiguous, the layer's
+// own; src rows of layers[0].k elements and dst rows of the last layer's n, contiguous in a row.
 struct ChainArgs {
   struct Layer {
     const void* weight = nullptr;
     const void* bias = nullptr;  // or null
     int n = 0, k = 0;
     int has_relu = 0;
+    Finish finish;  // ChainOp::kFusedMlp takes none
   };
   const void* src = nullptr;
   void* dst = nullptr;
@@ -150,7 +175,7 @@ struct ChainKernel {
 // Max-pool of NHWC maps ----------------------------------------------------------------------------------------------------------
 
 // torch.max_pool2d: NaN wins, otherwise the first of equals. Any strides; fastest where channels are contiguous and a multiple of
-// 16 bytes. bias and ReLU before pooling, for convolutions that leave them to us.
+// 16 bytes. bias, ReLU and `finish` for layers that leave them to us: before pooling, but for what is_after_pool.
 struct MaxPoolArgs {
   const void* src = nullptr;
   const void* bias = nullptr;  // or null
@@ -160,6 +185,8 @@ struct MaxPoolArgs {
   int64_t dst_image_stride = 0, dst_c_stride = 0, dst_h_stride = 0, dst_w_stride = 0;
   int pool_h = 1, pool_w = 1, pool_stride_h = 1, pool_stride_w = 1, pool_top = 0, pool_left = 0;
   int has_relu = 0;
+  int finished_channels = 0;  // of `channels`, where finish.is_used: the others are zeros
+  Finish finish;
 };
 
 struct PoolKernel {

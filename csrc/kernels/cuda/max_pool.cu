@@ -19,19 +19,21 @@ bool can_use_vectors(const MaxPoolArgs& args) {
 
 template <typename Element>
 Error prepare_max_pool() {
-  const Error error = prepare(max_pool<Element, true>, 0);
-  return error ? error : prepare(max_pool<Element, false>, 0);
+  Error error = prepare(max_pool<Element, true, false>, 0);
+  if (!error) error = prepare(max_pool<Element, false, false>, 0);
+  return error ? error : prepare(max_pool<Element, false, true>, 0);
 }
 
 template <typename Element>
 Error launch_max_pool(const MaxPoolArgs& args, void* stream) {
-  const bool is_vector = can_use_vectors<Element>(args);
+  const bool is_vector = can_use_vectors<Element>(args) && !args.finish.is_used;
   const int64_t threads =
       static_cast<int64_t>(args.batch) * args.h_out * args.w_out * args.channels / (is_vector ? Piece<Element>::kCount : 1);
   const int64_t wanted = (threads + kThreads - 1) / kThreads;
   const Grid grid{static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks)};
-  return is_vector ? launch(max_pool<Element, true>, grid, kThreads, 0, stream, args)
-                   : launch(max_pool<Element, false>, grid, kThreads, 0, stream, args);
+  const auto run = [&](auto* kernel) { return launch(kernel, grid, kThreads, 0, stream, args); };
+  if (args.finish.is_used) return run(max_pool<Element, false, true>);
+  return is_vector ? run(max_pool<Element, true, false>) : run(max_pool<Element, false, false>);
 }
 
 const PoolKernel kRows[] = {

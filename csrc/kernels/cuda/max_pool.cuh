@@ -1,8 +1,10 @@
-// max_pool: torch.max_pool2d of maps of any strides, with an optional bias and ReLU before it: see MaxPoolArgs in kernels.h.
+// max_pool: torch.max_pool2d of maps of any strides, with an optional bias and ReLU, or with kFinishes a BatchNorm and any
+// activation, before it: see MaxPoolArgs in kernels.h. The latter is computed element by element, without vectors.
 // A thread makes kVector neighbouring channels of one output; with vectors they are one 16-byte load and store per window element.
 // As torch.max_pool2d on CUDA: a NaN wins and stays, of equals the first stays. Memory-bound: each input is read once per window.
 #pragma once
 
+#include "kernels/cuda/finish.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/ptx.h"
 
@@ -15,9 +17,10 @@ union Piece {  // 16 bytes of channels
   Element elements[kCount];
 };
 
-template <typename Element, bool kIsVector>
+template <typename Element, bool kIsVector, bool kFinishes>
 FS_KERNEL(256, 1)
 max_pool(FS_ARGS MaxPoolArgs args) {
+  static_assert(!(kIsVector && kFinishes), "the functions would be there once for each channel");
   constexpr int kVector = kIsVector ? Piece<Element>::kCount : 1;
   const int groups = args.channels / kVector;
   const int64_t total = static_cast<int64_t>(args.batch) * args.h_out * args.w_out * groups;
@@ -41,6 +44,7 @@ max_pool(FS_ARGS MaxPoolArgs args) {
     float largest[kVector], shift[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) largest[v] = -INFINITY, shift[v] = bias ? to_float(bias[c + v]) : 0.0f;
+    const ChannelFinish<Element> channel(args.finish, shift[0], c < args.finished_channels ? c : 0);  // of use with kFinishes alone
     const int first_y = y * args.pool_stride_h - args.pool_top, first_x = x * args.pool_stride_w - args.pool_left;
     const Element* const base = src + image * args.src_image_stride + c * args.src_c_stride;
     for (int dy = 0; dy < args.pool_h; ++dy) {
@@ -57,11 +61,20 @@ max_pool(FS_ARGS MaxPoolArgs args) {
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
           float value = to_float(piece.elements[v]);
-          if (bias) value += shift[v];
-          if (args.has_relu) value = relu(value);
+          if constexpr (kFinishes) {
+            value = channel.norm(value);
+            if (!args.finish.is_after_pool) value = channel.activate(args.finish, value);
+          } else {
+            if (bias) value += shift[v];
+            if (args.has_relu) value = relu(value);
+          }
           if (value > largest[v] || value != value) largest[v] = value;
         }
       }
+    }
+    if constexpr (kFinishes) {
+      if (args.finish.is_after_pool) largest[0] = channel.activate(args.finish, largest[0]);
+      if (c >= args.finished_channels) largest[0] = 0.0f;
     }
     Element* const target =
         dst + image * args.dst_image_stride + y * args.dst_h_stride + x * args.dst_w_stride + c * args.dst_c_stride;

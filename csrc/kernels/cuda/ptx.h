@@ -11,6 +11,8 @@
 //   float    fused_multiply_add(a, b, c)     a * b + c rounded once
 //   float    max_nan(a, b)             NaN if either is NaN, +0 above -0
 //   float    relu(v)                   max_nan(v, 0), which is torch.relu on CUDA: NaN stays, -0 becomes +0
+//   float    exp_of, expm1_of, log1p_of, tanh_of, reciprocal_root (1 / sqrt), normal_distribution (its integral up to v)
+//                                      of a float, to a few units in the last place, subnormal numbers too
 //
 // Tensor cores: d += a * b for the warp, fp32 accumulators. With g = lane / 4 and t = lane % 4:
 //   mma_f16, mma_bf16 (m16n8k16), two elements a register:
@@ -39,6 +41,7 @@
 // Global memory across launches on different streams.
 //   threadfence(), load_volatile(const T*)
 //
+// FS_DEVICE is inlined; FS_DEVICE_CALL is a call, for what is rare and would take registers from the rest of a kernel.
 // threadIdx, blockIdx, blockDim and gridDim are CUDA's.
 #pragma once
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #define FS_DEVICE __device__ __forceinline__
+#define FS_DEVICE_CALL __device__ __noinline__
 #define FS_KERNEL(threads, blocks_per_multiprocessor) __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
 #define FS_ARGS const __grid_constant__
 
@@ -77,6 +78,14 @@ FS_DEVICE float max_nan(float a, float b) {
 #endif
 }
 FS_DEVICE float relu(float value) { return max_nan(value, 0.0f); }
+
+// The full functions of CUDA's library, which torch's own kernels call: two units in the last place, the last one five.
+FS_DEVICE float exp_of(float value) { return expf(value); }
+FS_DEVICE float expm1_of(float value) { return expm1f(value); }
+FS_DEVICE float log1p_of(float value) { return log1pf(value); }
+FS_DEVICE float tanh_of(float value) { return tanhf(value); }
+FS_DEVICE float reciprocal_root(float value) { return rsqrtf(value); }
+FS_DEVICE float normal_distribution(float value) { return normcdff(value); }
 
 // Tensor cores ---------------------------------------------------------------------------------------------------------------
 

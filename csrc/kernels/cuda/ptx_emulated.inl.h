@@ -7,6 +7,7 @@
 #include "emulated_grid.h"
 
 #define FS_DEVICE inline
+#define FS_DEVICE_CALL inline
 #define FS_KERNEL(threads, blocks_per_multiprocessor) void
 #define FS_ARGS const
 
@@ -96,6 +97,13 @@ FS_DEVICE float max_nan(float a, float b) {
   return a > b ? a : b;
 }
 FS_DEVICE float relu(float value) { return max_nan(value, 0.0f); }
+
+FS_DEVICE float exp_of(float value) { return std::exp(value); }
+FS_DEVICE float expm1_of(float value) { return std::expm1(value); }
+FS_DEVICE float log1p_of(float value) { return std::log1p(value); }
+FS_DEVICE float tanh_of(float value) { return std::tanh(value); }
+FS_DEVICE float reciprocal_root(float value) { return static_cast<float>(1 / std::sqrt(static_cast<double>(value))); }
+FS_DEVICE float normal_distribution(float value) { return static_cast<float>(std::erfc(value * -0.70710678118654752) / 2); }
 
 // Tensor cores ---------------------------------------------------------------------------------------------------------------
 

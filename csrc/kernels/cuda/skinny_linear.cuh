@@ -9,6 +9,7 @@
 //   16-bit: a block makes 16 outputs on tensor cores, where the weight is the operand of 16 rows and the input that of 8. A lane
 //     loads pieces of 8 k and multiplies their first and second half as the k of two mma: both operands are permuted alike, so no
 //     exchange is needed. As memory-bound with 16 rows as with one.
+// A BatchNorm or another activation than ReLU (kFinishes) is an instantiation of its own: it would take registers of the loops.
 // Rows and outputs that do not exist read the last that does, and are not written.
 //
 // Order of summation of an output: depends on k alone, not on the rows nor on kRows.
@@ -27,7 +28,7 @@ constexpr int kSkinnyThreads = 32 * kSkinnyWarps;
 
 // Adds the sums of the warps pairwise, item by item, and writes the outputs. `sums` has kItems floats a warp; item i is output
 // i / kRows of the block and row i % kRows.
-template <typename Element, int kRows, int kItems>
+template <typename Element, int kRows, int kItems, bool kFinishes>
 FS_DEVICE void write_skinny(const ChainArgs& args, const float* sums, int first_n, int64_t first_row) {
   const int item = thread_index();
   if (item >= kItems) return;
@@ -41,8 +42,14 @@ FS_DEVICE void write_skinny(const ChainArgs& args, const float* sums, int first_
   const int n = first_n + item / kRows;
   const int64_t row = first_row + item % kRows;
   if (n >= args.layers[0].n || row >= args.rows) return;
-  float value = all[0] + bias_at<Element>(args.layers[0], n);
-  if (args.layers[0].has_relu) value = relu(value);
+  const ChainArgs::Layer& layer = args.layers[0];
+  const float bias = bias_at<Element>(layer, n);
+  float value = all[0] + bias;
+  if constexpr (kFinishes) {
+    value = finished<Element>(layer.finish, all[0], bias, n);
+  } else {
+    if (layer.has_relu) value = relu(value);
+  }
   static_cast<Element*>(args.dst)[row * args.dst_row_stride + n] = from_float<Element>(value);
 }
 
@@ -87,7 +94,7 @@ FS_DEVICE void multiply_skinny(const ChainArgs& args, int first_n, int64_t first
   }
 }
 
-template <int kRows, int kOutputs, int kPieces>
+template <int kRows, int kOutputs, int kPieces, bool kFinishes>
 FS_KERNEL(kSkinnyThreads, (kRows <= 8 ? 2 : 1))
 skinny_linear(FS_ARGS ChainArgs args) {
   constexpr int kItems = kOutputs * kRows;
@@ -115,7 +122,7 @@ skinny_linear(FS_ARGS ChainArgs args) {
       for (int i = 0; i < Sums::kKept; ++i) shared[warp_index() * kItems + Sums::first_item(lane) + i] = sums[i];
     }
     block_barrier();
-    write_skinny<float, kRows, kItems>(args, shared, first_n, first_row);
+    write_skinny<float, kRows, kItems, kFinishes>(args, shared, first_n, first_row);
     block_barrier();
   }
 }
@@ -167,7 +174,7 @@ FS_DEVICE void multiply_skinny_mma(const ChainArgs& args, int first_n, int64_t f
   }
 }
 
-template <Math kMath, int kRows>
+template <Math kMath, int kRows, bool kFinishes>
 FS_KERNEL(kSkinnyThreads, 2)
 skinny_linear_mma(FS_ARGS ChainArgs args) {
   using Element = ElementOf<kMath>;
@@ -199,7 +206,7 @@ skinny_linear_mma(FS_ARGS ChainArgs args) {
         shared[warp_index() * kItems + output * kRows + row] = sums[j][0][i] + sums[j][1][i];
       }
     block_barrier();
-    write_skinny<Element, kRows, kItems>(args, shared, first_n, first_row);
+    write_skinny<Element, kRows, kItems, kFinishes>(args, shared, first_n, first_row);
     block_barrier();
   }
 }

@@ -7,6 +7,9 @@
 // are long) makes kOutputs outputs at a time; its lanes split k piece by piece and add up in a tree. Activations are fp32 in shared
 // memory, in two buffers, filled with zeros up to where the lanes of a group end.
 //
+// A layer with a BatchNorm or another activation than ReLU (Finish) leaves its sums in the next layer's input, and a loop over them
+// finishes them there: that code is there once, and not once for each of the sums that a thread holds.
+//
 // Order of summation of an output: lane j of g takes pieces j, j + g, ... ascending, then the tree. It depends on k alone.
 // Source: matrix-vector kernels of llama.cpp (ggml/src/ggml-cuda/mmvf.cu) for lanes along k; the look-ahead is ours.
 #pragma once
@@ -26,11 +29,13 @@ FS_HOST_DEVICE constexpr int tiny_lanes(int k, int element_size) {
 FS_HOST_DEVICE constexpr int tiny_padded(int k, int element_size) {
   return round_up(k, tiny_lanes(k, element_size) * (kPieceBytes / element_size));
 }
-// Floats of a row of the activations that layers 0, 2, ... (parity 0) or 1, 3, ... read.
+// Floats of a row of the activations that layers 0, 2, ... (parity 0) or 1, 3, ... read; and of the last layer's sums, where they
+// are finished in shared memory.
 FS_HOST_DEVICE inline int tiny_row_stride(const ChainArgs& args, int parity, int element_size) {
   int stride = 0;
-  for (int i = parity; i < args.count; i += 2) {
-    const int padded = tiny_padded(args.layers[i].k, element_size);
+  for (int i = parity; i <= args.count; i += 2) {
+    if (i == args.count && !args.layers[i - 1].finish.is_used) break;
+    const int padded = tiny_padded(i < args.count ? args.layers[i].k : args.layers[i - 1].n, element_size);
     if (padded > stride) stride = padded;
   }
   return stride;
@@ -43,6 +48,24 @@ FS_DEVICE int tiny_place(int k) {
     return k;
   } else {
     return k / 64 * 64 + k / 4 % 2 * 32 + k / 8 % 8 * 4 + k % 4;
+  }
+}
+
+// Finishes the sums of a layer, which all threads have left in `sums`, where the next layer reads; of the last one, the output.
+template <typename Element, int kRows>
+FS_DEVICE void finish_layer(const ChainArgs& args, int index, float* sums, int stride, int64_t first_row) {
+  const ChainArgs::Layer& layer = args.layers[index];
+  block_barrier();
+#pragma unroll 1
+  for (int i = thread_index(); i < kRows * layer.n; i += kTinyThreads) {
+    const int row = i / layer.n, n = i % layer.n;
+    float& place = sums[row * stride + tiny_place<Element>(n)];
+    const Element rounded = from_float<Element>(finished<Element>(layer.finish, place, bias_at<Element>(layer, n), n));
+    if (index + 1 < args.count) {
+      place = to_float(rounded);
+    } else if (args.rows > first_row + row) {
+      static_cast<Element*>(args.dst)[(first_row + row) * args.dst_row_stride + n] = rounded;
+    }
   }
 }
 
@@ -210,6 +233,10 @@ struct TinyMlp {
 #pragma unroll
       for (int i = 0; i < Sums::kKept; ++i) {
         const int row = item % kRows + i;
+        if (layer.finish.is_used) {
+          dst[row * dst_stride + tiny_place<Element>(n)] = sums[i];
+          continue;
+        }
         float value = sums[i] + bias;
         if (layer.has_relu) value = relu(value);
         const Element rounded = from_float<Element>(value);
@@ -237,6 +264,7 @@ struct TinyMlp {
       }
     }
     if (now.layer != done.layer) {
+      if (args.layers[done.layer].finish.is_used) finish_layer<Element, kRows>(args, done.layer, dst, dst_stride, first_row);
       if (now.layer == args.count) return false;
       float* const read = src;
       src = dst, dst = read;
