@@ -110,6 +110,62 @@ def render(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP (needs the extra fastseq[serve])",
+        description="Serve a model over HTTP, optimised, with batching, health and metrics; see docs/serving.md.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "model", metavar="MODULE:FUNCTION", help="a function without arguments that returns the plain model"
+    )
+    parser.add_argument("--shape", type=sizes, required=True, help="of one input without its batch, such as 3,32,32")
+    parser.add_argument("--weights", metavar="FILE", help="a state_dict, loaded again whenever the file changes")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--workers", type=int, default=1, help="processes that hold the model, on GPUs for each device")
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--max-batch-size", type=int, default=16, help="requests that run together")
+    parser.add_argument(
+        "--batch-timeout", type=float, default=0.001, help="seconds that a lone request waits for others"
+    )
+    parser.add_argument("--buckets", type=sizes, help="batch sizes to pad to, such as 1,2,4,8")
+    parser.add_argument("--most-inputs", type=int, default=64, help="of one request")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds after which a request is given up")
+    parser.add_argument("--most-waiting", type=int, default=512, help="requests, beyond which new ones get a 503")
+    parser.add_argument("--report-seconds", type=float, default=1.0, help="between two reports of a worker")
+    parser.add_argument("--selfcheck-seconds", type=float, default=10.0, help="between two self-checks of a worker")
+    parser.add_argument("--special-values", action="store_true", help="accept NaN and infinities")
+    parser.add_argument(
+        "--no-optimize", dest="optimize", action="store_false", help="serve the plain model, to compare"
+    )
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Positive ints with commas between them."""
+    found = tuple(int(part) for part in text.split(","))
+    if min(found) < 1:
+        raise ValueError
+    return found
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    try:
+        from fastseq.serving import server
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"python -m fastseq serve needs {error.name}: pip install 'fastseq[serve]'") from None
+    options = vars(arguments).copy()
+    for name in ("command", "json"):
+        del options[name]
+    how = {name: options.pop(name) for name in ("host", "port", "workers", "accelerator")}
+    try:
+        server.serve(server.Options(**options), **how)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"python -m fastseq serve: {error}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastseq",
@@ -117,7 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
     parser.add_argument("--version", action="version", version=f"fastseq {fastseq.__version__}")
+    add_serve(parser.add_subparsers(dest="command", metavar="COMMAND", title="commands"))
     arguments = parser.parse_args(argv)
+    if arguments.command == "serve":
+        serve(arguments)
+        return 0
     info = collect()
     print(json.dumps(info, indent=2) if arguments.json else render(info))
     return 0
