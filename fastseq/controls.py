@@ -12,7 +12,7 @@ from torch import nn
 from fastseq import _native
 from fastseq.matcher import EXCLUDED, IN_BFLOAT16, WITHOUT_WINOGRAD
 from fastseq.module import PAUSE, is_fused_class, plain_class
-from fastseq.plan import TIMED
+from fastseq.plan import SLOWER, TIMED
 from fastseq.sequential import COMPILED, FusedSequential, compiled_of
 
 # The key in a parameter's __dict__ of what the torch.compile backend made for it.
@@ -59,7 +59,7 @@ def restore(model: ModelT) -> ModelT:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastseq.restore expects a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        for key in (COMPILED, PAUSE, EXCLUDED, WITHOUT_WINOGRAD, IN_BFLOAT16, TIMED):
+        for key in (COMPILED, PAUSE, EXCLUDED, WITHOUT_WINOGRAD, IN_BFLOAT16, TIMED, SLOWER):
             module.__dict__.pop(key, None)
         if type(module) is FusedSequential:
             object.__setattr__(module, "__class__", nn.Sequential)

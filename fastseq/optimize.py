@@ -15,7 +15,7 @@ from fastseq import _env, _native
 from fastseq.controls import restore
 from fastseq.matcher import EXCLUDED, IN_BFLOAT16, WITHOUT_WINOGRAD, is_excluded, is_plain_sequential, match
 from fastseq.module import FusedModule, fuse
-from fastseq.plan import TIMED
+from fastseq.plan import SLOWER, TIMED
 from fastseq.sequential import COMPILED, KINDS, FusedSequential
 from fastseq.timing import time_kernels
 
@@ -53,9 +53,10 @@ def optimize(
             "off" keeps to direct sums.
         example_input: a tensor, or a tuple of all positional arguments. If given, the result is called with it, in eval
             mode and without gradients, and each fused layer on the CPU runs on whichever of its kernels is the fastest
-            then, at this batch size and thread count, instead of on the one that a cost model chooses: between a
-            fraction of a second and some seconds. What was found goes with the module, also into copies and pickles;
-            layers of other sizes keep to the cost model.
+            then, at this batch size and thread count, instead of on the one that a cost model chooses; runs that are
+            slower than eager even so are left to it for inputs of this shape, batch included (`explain` says so). It
+            takes between a fraction of a second and some seconds. What was found goes with the module, also into
+            copies and pickles; layers of other sizes keep to the cost model.
         compute_dtype: `torch.bfloat16` lets float32 models on the CPU multiply in bfloat16 where a kernel does (direct
             convolutions of 8 channels or more, Linear): inputs and weights of such a step are rounded to 8 bits, sums
             and results stay float32. Up to twice as fast, and an error of about 0.3 % of a step's result (`verify`
@@ -95,6 +96,7 @@ def optimize(
         module.__dict__.pop(WITHOUT_WINOGRAD, None)
         module.__dict__.pop(IN_BFLOAT16, None)
         module.__dict__.pop(TIMED, None)
+        module.__dict__.pop(SLOWER, None)
         if winograd == "off":
             module.__dict__[WITHOUT_WINOGRAD] = True
         if compute_dtype is torch.bfloat16:

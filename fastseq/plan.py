@@ -12,7 +12,15 @@ from fastseq import _env, _native
 from fastseq.loading import Load
 from fastseq.matcher import IN_BFLOAT16, WITHOUT_WINOGRAD, EagerSegment, Match, NativeSegment
 from fastseq.patterns.base import ATTRIBUTES, BUFFERS, PARAMETERS
-from fastseq.program import CheckedProgram, LoggedProgram, ProgramSegment, add_stats
+from fastseq.program import (
+    CheckedProgram,
+    LoggedProgram,
+    ProgramSegment,
+    Slower,
+    TrialProgram,
+    add_stats,
+    layers_text,
+)
 from fastseq.straight_line import Container, StraightLine
 
 
@@ -38,9 +46,9 @@ def native_steps(segment: NativeSegment) -> tuple[list[dict[str, Any]], list[nn.
     return steps, layers
 
 
-# The keys in a module's __dict__ of the kernels that timing has found, by layer, which go with the module, also into
-# copies; and of whether calls are timed now.
-TIMED, TIMING = "_fastseq_timed", "_fastseq_timing"
+# The keys in a module's __dict__ of what timing has found, which goes with the module, also into copies: the kernels by
+# layer, and the runs that are slower than eager. And of whether calls are timed now.
+TIMED, SLOWER, TIMING = "_fastseq_timed", "_fastseq_slower", "_fastseq_timing"
 
 
 def native_run(segment: NativeSegment, owner: nn.Module) -> Any:
@@ -124,9 +132,19 @@ class CompiledMatch:
                 segments.append((None, [layer], watched))
             else:
                 segments.append((run, [leaf.runs for leaf in segment.leaves], None))
+        self.slower: list[Slower | None] = [None] * len(segments)  # by segment, what explain tells of
+        for slower in owner.__dict__.get(SLOWER, ()):
+            run, layers, _ = segments[slower.segment] if slower.segment < len(segments) else (None, [], None)
+            if run is not None and layers_text(layers) == slower.layers:
+                self.slower[slower.segment] = slower
+                run.leave_to_eager(slower.example())
         self.program: Any
+        self.trial: TrialProgram | None = None
         if _env.check():
-            self.program = CheckedProgram(owner, containers, segments, forwards, IN_BFLOAT16 in owner.__dict__)
+            self.program = CheckedProgram(owner, containers, segments, forwards)
+            self.program.in_bfloat16 = IN_BFLOAT16 in owner.__dict__
+        elif TIMING in owner.__dict__:
+            self.program = self.trial = TrialProgram(owner, containers, segments, forwards)
         else:
             self.program = module.Program(owner, containers, segments, forwards)
         if _env.verbose():
@@ -157,14 +175,13 @@ class CompiledMatch:
             if run is not None:
                 run.hold(load)
 
-    def stop_timing(self) -> dict[str, str]:
-        """Time no more calls. Returns what was found, and what was known before: kernels by layer."""
-        found: dict[str, str] = {}
+    def timed(self) -> tuple[dict[str, str], list[Slower]]:
+        """What a trial found: kernels by layer, and runs that are slower than eager."""
+        kernels: dict[str, str] = {}
         for run in self.runs:
             if run is not None:
-                run.stop_timing()
-                found |= run.timings()
-        return found
+                kernels |= run.timings()
+        return kernels, [] if self.trial is None else self.trial.slower
 
     def stats(self) -> dict[str, Any]:
         return add_stats([self.past, self.program.stats()])

@@ -1,4 +1,4 @@
-"""Around `_C.Program`, which runs the segments of a Sequential or a forward: counters, and stand-ins for debugging.
+"""Around `_C.Program`, which runs the segments of a Sequential or a forward: counters, and stand-ins that look on.
 
 A program has `call(module, input)` for the fast lane of FusedSequential, `forward(module, input)`,
 `attempt(module, input)` for a FusedModule, `is_current(module)`, `stats()` and `reset_stats()`.
@@ -7,8 +7,10 @@ A program has `call(module, input)` for the fast lane of FusedSequential, `forwa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from typing import Any
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,16 +34,11 @@ def add_stats(all_stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-class CheckedProgram:
-    """`_C.Program` for FASTSEQ_CHECK=1: segment by segment, each native result compared with its layers run eager."""
+class StepwiseProgram:
+    """`_C.Program` segment by segment: `see` is told of each native result before the next segment runs."""
 
     def __init__(
-        self,
-        owner: nn.Module,
-        containers: list[Any],
-        segments: list[ProgramSegment],
-        forwards: list[Any],
-        in_bfloat16: bool,
+        self, owner: nn.Module, containers: list[Any], segments: list[ProgramSegment], forwards: list[Any]
     ) -> None:
         module = _native.module()
         self._refused = module.Refused
@@ -49,7 +46,10 @@ class CheckedProgram:
         # Of what they share, the whole alone tells the garbage collector.
         self._parts = [(module.Program(owner, containers, [s], forwards, shares=True), s[0], s[1]) for s in segments]
         self._whole = module.Program(owner, containers, segments, forwards)  # never run
-        self._in_bfloat16 = in_bfloat16
+
+    def see(self, index: int, module: nn.Module, input: Any, output: Any) -> Any:
+        """What goes on to the next segment: the native result of segment `index`, or `Refused` for eager's instead."""
+        raise NotImplementedError
 
     def call(self, module: nn.Module, input: Any) -> Any:
         """Always refuses: each call goes through `forward`."""
@@ -62,15 +62,11 @@ class CheckedProgram:
             if output.__class__ is self._refused:
                 if i == 0:
                     return output
-                for layer in layers:
-                    value = layer(value)
-                continue
-            if run is not None:
-                expected = value
-                for layer in layers:
-                    expected = layer(expected)
-                assert_close_to_eager(output, expected, layers, self._in_bfloat16)
-            value = output
+            elif run is not None:
+                output = self.see(i, module, value, output)
+                if output.__class__ is self._refused and len(self._parts) == 1:
+                    return output
+            value = run_eager(layers, value) if output.__class__ is self._refused else output
         return value
 
     def attempt(self, module: nn.Module, input: Any) -> Any:
@@ -86,6 +82,99 @@ class CheckedProgram:
     def reset_stats(self) -> None:
         for program, _, _ in self._parts:
             program.reset_stats()
+
+
+def run_eager(layers: list[Any], input: Any) -> Any:
+    for layer in layers:
+        input = layer(input)
+    return input
+
+
+class CheckedProgram(StepwiseProgram):
+    """For FASTSEQ_CHECK=1: each native result is compared with its layers run eager."""
+
+    in_bfloat16 = False  # whether runs of a float32 model may multiply in bfloat16
+
+    def see(self, index: int, module: nn.Module, input: Any, output: Any) -> Any:
+        _, _, layers = self._parts[index]
+        assert_close_to_eager(output, run_eager(layers, input), layers, self.in_bfloat16)
+        return output
+
+
+class Slower(NamedTuple):
+    """A native run that took longer than its layers in eager mode, for inputs of one shape, dtype and memory format."""
+
+    segment: int
+    layers: str  # what was timed: with other layers in their place nothing is known
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    is_channels_last: bool
+    seconds: float
+    eager_seconds: float
+
+    def example(self) -> torch.Tensor:
+        """An input, without data."""
+        example = torch.empty(self.sizes, dtype=self.dtype, device="meta")
+        return example.contiguous(memory_format=torch.channels_last) if self.is_channels_last else example
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.sizes))
+        return f"left to eager for {sizes}: {1e6 * self.eager_seconds:.3g} us there, {1e6 * self.seconds:.3g} us here"
+
+
+def layers_text(layers: Iterable[Any]) -> str:
+    """Layers and calls with their settings; no addresses, which would be others in a copy."""
+    return ", ".join(repr(layer) if isinstance(layer, nn.Module) else type(layer).__name__ for layer in layers)
+
+
+class TrialProgram(StepwiseProgram):
+    """For `optimize(example_input=...)`: each native run against its layers in eager mode."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.slower: list[Slower] = []
+
+    def see(self, index: int, module: nn.Module, input: Any, output: Any) -> Any:
+        program, run, layers = self._parts[index]
+        if input.device.type != "cpu":
+            return output
+        seconds, eager_seconds = race(lambda: program.forward(module, input), lambda: run_eager(layers, input))
+        if eager_seconds > (1 - WORTHWHILE) * seconds:
+            return output
+        is_channels_last = input.dim() == 4 and not input.is_contiguous()
+        slower = Slower(
+            index, layers_text(layers), tuple(input.shape), input.dtype, is_channels_last, seconds, eager_seconds
+        )
+        self.slower.append(slower)
+        run.leave_to_eager(slower.example())
+        return self._refused(str(slower))
+
+
+# Eager must save this share of a run's time: less may be noise.
+WORTHWHILE = 0.03
+# The two take turns, with so many seconds each; medians count. The race is over when the first is this much faster.
+ROUNDS, LONGEST_ROUNDS, MIN_ROUNDS, BLOCK_SECONDS, LONG_SECONDS, CLEARLY = 15, 5, 3, 2e-4, 1e-2, 0.8
+
+
+def race(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of one call of each, in turns."""
+    both = (first, second)
+
+    def seconds_of(function: Callable[[], Any], calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+
+    once = [min(seconds_of(function, 1) for _ in range(2)) for function in both]
+    calls = [max(1, int(BLOCK_SECONDS / max(seconds, 1e-9))) for seconds in once]
+    rounds: list[list[float]] = [[], []]
+    for done in range(LONGEST_ROUNDS if min(once) > LONG_SECONDS else ROUNDS):
+        if done >= MIN_ROUNDS and max(rounds[0]) < CLEARLY * min(rounds[1]):
+            break
+        for i, function in enumerate(both):
+            rounds[i].append(seconds_of(function, calls[i]))
+    return statistics.median(rounds[0]), statistics.median(rounds[1])
 
 
 # How far two right results may be apart, as a share of the largest value: eager rounds 16-bit types after each layer.

@@ -182,8 +182,9 @@ def _describe_forward(path: str, module: nn.Module, inside: dict[int, str], decl
 
 
 def _segments(found: Match, compiled: CompiledMatch | None) -> Iterator[dict[str, Any]]:
-    runs = compiled.runs if compiled is not None else [None] * len(found.segments)
-    for segment, run in zip(found.segments, runs, strict=True):
+    nothing = [None] * len(found.segments)
+    runs, all_slower = (compiled.runs, compiled.slower) if compiled is not None else (nothing, nothing)
+    for segment, run, slower in zip(found.segments, runs, all_slower, strict=True):
         if isinstance(segment, EagerSegment):
             yield {"kind": "eager", "layer": _layer_text(segment.leaf), "reason": segment.reason}
             continue
@@ -203,6 +204,8 @@ def _segments(found: Match, compiled: CompiledMatch | None) -> Iterator[dict[str
             }
             for step, (*before, made) in zip(segment.steps, native, strict=True)
         ]
+        if slower is not None:
+            steps[0]["note"] = "; ".join(filter(None, [steps[0]["note"], str(slower)]))
         yield {"kind": "native", "steps": steps, "scratch_bytes": None if plan is None else plan["scratch_bytes"]}
 
 

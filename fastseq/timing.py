@@ -1,4 +1,4 @@
-"""optimize(example_input=...): the kernels of a model chosen by timing them, instead of by a cost model."""
+"""optimize(example_input=...): kernels chosen by timing them instead of by a cost model, and runs against eager."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastseq.plan import TIMED, TIMING
-from fastseq.sequential import compiled_of
+from fastseq.plan import SLOWER, TIMED, TIMING
+from fastseq.sequential import COMPILED, compiled_of
 
 
 def time_kernels(model: nn.Module, example_input: Any) -> None:
-    """Calls an optimised model once with `example_input`, times the kernels of each layer, and keeps what was found.
+    """Calls an optimised model once with `example_input`, times each layer's kernels and then each run against eager,
+    and keeps what was found.
 
     The call is made in eval mode and without gradients; the modules' modes are as before afterwards.
     """
@@ -31,5 +32,9 @@ def time_kernels(model: nn.Module, example_input: Any) -> None:
             if is_training:
                 module.training = True
             module.__dict__.pop(TIMING, None)
-            if (compiled := compiled_of(module)) is not None and (timings := compiled.stop_timing()):
-                module.__dict__[TIMED] = timings
+            if (compiled := compiled_of(module)) is None:
+                continue
+            for key, found in zip((TIMED, SLOWER), compiled.timed(), strict=True):
+                if found:
+                    module.__dict__[key] = found
+            del module.__dict__[COMPILED]  # its calls are timed

@@ -12,6 +12,7 @@ from torch import nn
 
 import fastseq
 from fastseq.plan import TIMED, TIMING
+from fastseq.program import race
 from fastseq.testing import MODELS, assert_matches, relative_error
 
 pytestmark = pytest.mark.skipif(not fastseq.native_available(), reason="needs the native engine")
@@ -212,3 +213,82 @@ def test_channels_last_and_shared_layers() -> None:
     with torch.no_grad():
         assert_matches(fast(x), plain, x, largest_factor=6)
         assert fast(x).is_contiguous(memory_format=torch.channels_last)
+
+
+# Runs that are slower than eager ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastseq.program.race", lambda native, eager: (native(), eager()) and (2e-3, 1e-3))
+
+
+REASON = "eager was faster for such an input in the trial of optimize(example_input=...)"
+
+
+@pytest.mark.usefixtures("eager_wins")
+def test_a_run_that_is_slower_than_eager_is_left_to_it_and_explain_says_so() -> None:
+    plain, x = conv_net(), torch.randn(2, 5, 14, 14)
+    fast = fastseq.optimize(plain, example_input=x)
+    with torch.no_grad():
+        assert torch.equal(fast(x), plain(x))
+        assert fastseq.stats(fast)["fallbacks"] == {REASON: 1}
+        report = fastseq.explain(fast, x)
+        assert REASON in str(report)
+        first, *others = steps(fast, x)
+        assert first["note"] == "left to eager for 2x5x14x14: 1e+03 us there, 2e+03 us here"
+        assert not any("left to eager" in step["note"] for step in others)
+        # Of another batch, size, dtype or memory format nothing is known.
+        fastseq.reset_stats(fast)
+        for other in (x[:1], torch.randn(2, 5, 15, 15), x.to(memory_format=torch.channels_last)):
+            fast(other)
+        assert fastseq.stats(fast)["fused_calls"] == 3
+    assert fastseq.verify(fast, x).ok
+
+
+@pytest.mark.usefixtures("eager_wins")
+def test_what_is_left_to_eager_goes_with_the_model_until_it_is_optimised_again() -> None:
+    plain, x = conv_net(), torch.randn(2, 5, 14, 14)
+    fast = fastseq.optimize(plain, example_input=x)
+    with torch.no_grad():
+        for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            again(x)
+            assert fastseq.stats(again)["fallbacks"] == {REASON: 1}
+        for fused in (fastseq.optimize(fast), fastseq.optimize(fastseq.restore(copy.deepcopy(fast)))):
+            fused(x)
+            assert fastseq.stats(fused) == {"fused_calls": 1, "eager_calls": 0, "fallbacks": {}}
+        fast[0] = nn.Conv2d(5, 64, 3, padding="same")  # not the layers that were timed
+        fast(x)
+        assert fastseq.stats(fast)["fused_calls"] == 1
+
+
+@pytest.mark.usefixtures("eager_wins")
+def test_runs_between_eager_layers_are_tried_each_by_itself() -> None:
+    plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.RReLU(), nn.Linear(5, 4), nn.Tanh()).eval()
+    x = torch.randn(3, 6)
+    fast = fastseq.optimize(plain, example_input=x)
+    assert [bool(step["note"].count("left to eager")) for step in steps(fast, x)] == [True, True]
+    with torch.no_grad():
+        assert torch.equal(fast(x), plain(x))
+    assert fastseq.stats(fast)["fallbacks"][REASON] > 1
+
+
+@pytest.mark.usefixtures("eager_wins")
+def test_a_forward_and_the_sequentials_inside_are_tried_in_turn() -> None:
+    case = MODELS["seed3"]
+    plain, x = case.build(), case.example(2)
+    fast = fastseq.optimize(plain, example_input=x)
+    with torch.no_grad():
+        assert torch.equal(fast(x), plain(x))
+    assert fastseq.stats(fast)["fused_calls"] == 0
+    assert "left to eager for 2x3x32x32" in str(fastseq.explain(fast, x))
+
+
+def test_of_two_the_race_tells_the_slower_one() -> None:
+    def burn(count: int) -> None:
+        sum(range(count))
+
+    quick, slow = race(lambda: burn(100), lambda: burn(100_000))
+    assert quick < slow
+    slow, quick = race(lambda: burn(100_000), lambda: burn(100))
+    assert quick < slow

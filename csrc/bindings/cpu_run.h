@@ -35,7 +35,6 @@ class CpuRun {
   // parameters. Throws Refusal.
   bool wants_timing(const Signature& signature) const;
   void time_kernels(const InputView& view, const Parameters& parameters);
-  void stop_timing() { times_kernels_ = false; }
   const KernelTimings& timings() const { return timings_; }  // what was given and what was timed
 
   uint64_t fingerprint(const at::Tensor& tensor) const;
@@ -74,7 +73,7 @@ class CpuRun {
   const std::string forced_kernel_;
   const bool allows_winograd_, computes_bf16_;
   KernelTimings timings_;
-  bool times_kernels_;
+  const bool times_kernels_;
   std::vector<Signature> timed_;
   PackCache packed_;
   std::vector<at::Tensor> copies_;  // by step: contiguous copies of weights that would be read in place if they were

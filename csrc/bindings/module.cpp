@@ -150,7 +150,8 @@ PYBIND11_MODULE(_C, m) {
       .def("reserve_scratch", &NativeRun::reserve_scratch, py::arg("calls"),
            "Make the scratch that as many calls at once need; each input shape has been run before, once at a time.")
       .def("timings", &NativeRun::timings, "Kernels found by timing, by layer; empty for the engine's own choice.")
-      .def("stop_timing", &NativeRun::stop_timing)
+      .def("leave_to_eager", &NativeRun::leave_to_eager, py::arg("example"),
+           "Calls on the CPU with such an input are eager's; the example's data is not read.")
       .def("refresh", &NativeRun::refresh);
 
   add_program_types(m);

@@ -4,15 +4,16 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 
-#include <new>
-
+#include <algorithm>
 #include <chrono>
+#include <new>
 #include <thread>
 
 namespace fastseq {
 namespace {
 
 constexpr Reason kWait = "no plan for this input without the weights that are being loaded";
+constexpr Reason kSlower = "eager was faster for such an input in the trial of optimize(example_input=...)";
 constexpr Reason kNoMemory = "not enough memory for a fused run";
 // A call that has to wait for a load looks this often, and goes on with the weights as they are after this long.
 constexpr std::chrono::microseconds kLoadPoll(200);
@@ -42,6 +43,11 @@ void NativeRun::refresh() {
   cpu_.forget();
   cuda_.forget();
   parameters_.forget();
+}
+
+void NativeRun::leave_to_eager(const at::Tensor& example) {
+  InputView view;
+  if (!read_input(example, shape_, view)) slower_.push_back(view);
 }
 
 void NativeRun::hold(py::object load) {
@@ -126,6 +132,7 @@ Outcome NativeRun::call(PyObject* object) {
     return {{}, "gradients are being recorded (the input requires grad); use torch.no_grad() or inference_mode()"};
   InputView view;
   if ((reason = read_input(*input, shape_, view))) return {{}, reason};
+  if (backend == Backend::kCpu && std::find(slower_.begin(), slower_.end(), view) != slower_.end()) return {{}, kSlower};
 
   if (load_ && backend == Backend::kCpu) {
     const auto start = std::chrono::steady_clock::now();

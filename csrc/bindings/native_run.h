@@ -53,6 +53,9 @@ class NativeRun {
   // CPU engine only.
   void hold(py::object load);
 
+  // Calls on the CPU with inputs of this shape, dtype and memory format are eager's, which took less time for them in a trial.
+  void leave_to_eager(const at::Tensor& example);
+
   // The plan of the last call: its steps, and scratch in bytes; nothing before the first.
   struct Description {
     std::vector<StepInfo> steps;
@@ -62,7 +65,6 @@ class NativeRun {
   int64_t plans_made() const { return cpu_.plans_made() + cuda_.plans_made(); }
   void forget_last_plan() { cpu_.forget_last_plan(), cuda_.forget_last_plan(); }
   const KernelTimings& timings() const { return cpu_.timings(); }
-  void stop_timing() { cpu_.stop_timing(); }
   int64_t packed_bytes() const { return cpu_.packed_bytes() + cuda_.packed_bytes(); }
   int64_t idle_scratch_bytes() const { return cpu_.idle_scratch_bytes(); }  // on CUDA torch's allocator has it
   void reserve_scratch(size_t calls) const { cpu_.reserve_scratch(calls); }
@@ -77,6 +79,7 @@ class NativeRun {
   Parameters parameters_;
   CpuRun cpu_;
   CudaRun cuda_;
+  std::vector<InputView> slower_;  // than eager
   py::object load_;  // of hold(), none when there is none
 
   enum class Held { kNo, kByOther, kByThis };

@@ -51,6 +51,9 @@ struct InputView {
   Signature signature;
   int64_t batch = 1;
   bool is_unbatched = false;
+  bool operator==(const InputView& o) const {
+    return signature == o.signature && batch == o.batch && is_unbatched == o.is_unbatched;
+  }
 };
 
 // Null, or why no native run takes such a shape.

@@ -52,8 +52,8 @@ void run_packed(const Task& task, int64_t rows, BufferPool& pool) {
   float* const packed = lease.add(panels * step.k * width);
   float* const sums = lease.add(panels * (waiting + tile) * width);
   for (int64_t p = 0; p < panels; ++p)
-    kernels.transpose(task.src + p * width * task.src_stride, task.src_stride, packed + p * step.k * width, width, step.k,
-                      std::min(width, rows - p * width), false);
+    kernels.transpose({task.src + p * width * task.src_stride, task.src_stride, packed + p * step.k * width, width, step.k,
+                       std::min(width, rows - p * width)});
 
   cpu::InPlaceTileJob job = {};
   job.weight_stride = step.k;
@@ -74,8 +74,8 @@ void run_packed(const Task& task, int64_t rows, BufferPool& pool) {
       run = end;
     }
     for (int64_t p = 0; p < panels; ++p)
-      kernels.transpose(sums + p * job.sums_stride, width, task.dst + p * width * step.dst_stride + n, step.dst_stride,
-                        std::min(width, rows - p * width), job.weight_rows, true);
+      kernels.transpose({sums + p * job.sums_stride, width, task.dst + p * width * step.dst_stride + n, step.dst_stride,
+                         std::min(width, rows - p * width), job.weight_rows, true});
   }
 }
 
@@ -94,8 +94,8 @@ void run_in_place(const cpu::KernelSet& kernels, const LinearStep& step, const f
     // The weight's columns are channel by channel, the features lie pixel by pixel.
     float* const planes = lease.add(rows * step.k);
     for (int64_t row = 0; row < rows; ++row)
-      kernels.transpose(src + row * step.src_stride, step.pixel_pitch, planes + row * step.k, step.spatial, step.k / step.spatial,
-                        step.spatial, true);
+      kernels.transpose({src + row * step.src_stride, step.pixel_pitch, planes + row * step.k, step.spatial,
+                         step.k / step.spatial, step.spatial, true});
     task.src = planes, task.src_stride = step.k;
   }
   for (int64_t row = 0; row < rows;) {

@@ -125,7 +125,7 @@ PackedPtr pack_linear(const StepSpec& spec, const std::vector<int>& panels, int6
     const float* src = spec.weight + panel.first_lane * spec.in;
     float* dst = packed->weight->data() + panel.weight_offset;
     if (spatial == 1) {
-      kernels.transpose(src, spec.in, dst, width, spec.in, filled, false);
+      kernels.transpose({src, spec.in, dst, width, spec.in, filled});
       continue;
     }
     for (int64_t lane = 0; lane < filled; ++lane)

@@ -16,9 +16,10 @@ constexpr int64_t kFarPanelFloats = int64_t{128} << 10, kStretchFloats = int64_t
 
 void Executor::run_linear(const LinearStep& step, const float* src, float* dst, int64_t rows, size_t first, size_t last) const {
   if (step.make_rows) {
-    for (int64_t row = 0; step.map_stride && row < rows; ++row)
-      step.transpose(src + row * step.map_stride, step.pixel_pitch, dst + row * step.dst_stride, step.spatial,
-                     step.n / step.spatial, step.spatial, true);
+    if (step.map_stride)
+      for (int64_t row = 0; row < rows; ++row)
+        step.transpose({src + row * step.map_stride, step.pixel_pitch, dst + row * step.dst_stride, step.spatial,
+                        step.n / step.spatial, step.spatial, true});
     step.make_rows(step, step.map_stride ? dst : src, dst, rows);
     if (!step.on_results) return;
     cpu::ActivationJob job = {};

@@ -99,18 +99,19 @@ void Executor::copy_input(const Workspace& at, int64_t first, int64_t last) cons
   const Map& to = plan_.entry_;
   const float* const all = static_cast<const float*>(at.src);
   float* const dst = target(to, at);
+  if (!plan_.input_.is_nhwc) {
+    // Planes to pixels: in the source a channel is a row of h * w elements.
+    kernels_.transpose({all + first * to.w, to.h * to.w, dst + first * to.row_stride, to.pitch, to.w, to.channels, false,
+                        last - first, to.w, to.row_stride});
+    return;
+  }
   for (int64_t y = first; y < last; ++y) {
     float* const row = dst + y * to.row_stride;
-    if (plan_.input_.is_nhwc) {
-      const float* src = all + y * to.w * to.channels;
-      if (to.pitch == to.channels) {
-        std::copy(src, src + to.w * to.channels, row);
-      } else {
-        for (int64_t x = 0; x < to.w; ++x) std::copy(src + x * to.channels, src + (x + 1) * to.channels, row + x * to.pitch);
-      }
+    const float* const src = all + y * to.w * to.channels;
+    if (to.pitch == to.channels) {
+      std::copy(src, src + to.w * to.channels, row);
     } else {
-      // Planes to pixels: in the source a channel is a row of h * w elements.
-      kernels_.transpose(all + y * to.w, to.h * to.w, row, to.pitch, to.w, to.channels, false);
+      for (int64_t x = 0; x < to.w; ++x) std::copy(src + x * to.channels, src + (x + 1) * to.channels, row + x * to.pitch);
     }
   }
 }
@@ -144,8 +145,8 @@ void Executor::widen_input(const Workspace& at, int64_t first, int64_t last) con
   for_staged(plan_.staged_floats_, to, first, last, [&](int64_t row, int64_t rows, int64_t channel, int64_t channels) {
     const int64_t length = rows * to.w;
     widen({src + channel * plane + row * to.w, at.scratch, channels, length, plane, length});
-    for (int64_t y = 0; y < rows; ++y)
-      kernels_.transpose(at.scratch + y * to.w, length, dst + (row + y) * to.row_stride + channel, to.pitch, to.w, channels, true);
+    kernels_.transpose({at.scratch, length, dst + row * to.row_stride + channel, to.pitch, to.w, channels, true, rows, to.w,
+                        to.row_stride});
   });
 }
 
@@ -156,8 +157,8 @@ void Executor::copy_output(const Workspace& at, int64_t first, int64_t last) con
   }
   const Map& from = plan_.exit_;
   const int64_t plane = from.h * from.w;
-  kernels_.transpose(source(from, at) + first * from.row_stride, from.pitch, static_cast<float*>(at.dst) + first * from.w, plane,
-                     from.channels, (last - first) * from.w, true);
+  kernels_.transpose({source(from, at) + first * from.row_stride, from.pitch, static_cast<float*>(at.dst) + first * from.w, plane,
+                      from.channels, (last - first) * from.w, true});
 }
 
 // To 16-bit numbers, as widen_input.
@@ -174,7 +175,7 @@ void Executor::narrow_output(const Workspace& at, int64_t first, int64_t last) c
   const int64_t plane = from.h * from.w;
   for_staged(plan_.staged_floats_, from, first, last, [&](int64_t row, int64_t rows, int64_t channel, int64_t channels) {
     const int64_t length = rows * from.w;
-    kernels_.transpose(src + row * from.row_stride + channel, from.pitch, at.scratch, length, channels, length, true);
+    kernels_.transpose({src + row * from.row_stride + channel, from.pitch, at.scratch, length, channels, length, true});
     narrow({at.scratch, dst + channel * plane + row * from.w, channels, length, length, plane});
   });
 }
@@ -339,8 +340,8 @@ void Executor::plane_rows(const SpatialStep& step, const Workspace& at, const Ma
     job.src = source(step.src, at) + (row * scale - step.conv.pad_top) * step.src.row_stride - step.conv.pad_left;
     kernels_.plane_row[step.pools_in_registers](job);
     if (step.on_results) activate_planes(step, job.dst);
-    kernels_.transpose(job.dst, job.dst_stride, target(dst, at) + (row % dst.rows_kept) * dst.row_stride, dst.pitch,
-                       step.conv_w / scale, channels, true);
+    kernels_.transpose({job.dst, job.dst_stride, target(dst, at) + (row % dst.rows_kept) * dst.row_stride, dst.pitch,
+                        step.conv_w / scale, channels, true});
   }
 }
 

@@ -13,13 +13,19 @@ void check_transpose(const KernelSet& set, Transpose transpose, Random& random) 
     for (int64_t cols = 1; cols <= 20; ++cols)
       for (bool can_overread : {false, true}) {
         const int64_t room = can_overread ? (rows + 7) / 8 * 8 : rows;
-        const int64_t src_stride = rows == 1 && random.coin() && !can_overread ? 1 : room + random.below(3);
-        const int64_t dst_stride = cols + random.below(3);
-        const std::vector<float> src = random.values((cols - 1) * src_stride + room);
-        std::vector<float> dst(static_cast<size_t>((rows - 1) * dst_stride + cols), untouched()), wanted = dst;
-        transpose(src.data(), src_stride, dst.data(), dst_stride, rows, cols, can_overread);
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t j = 0; j < cols; ++j) wanted[i * dst_stride + j] = src[j * src_stride + i];
+        // Either side may be the one whose rows are further apart, and the matrices may lie within each other's rows.
+        const int64_t count = 1 + random.below(3), far = random.coin() ? count : 1, near = count / far;
+        const int64_t src_stride = rows == 1 && random.coin() && !can_overread ? 1 : far * room + random.below(3);
+        const int64_t src_step = src_stride == 1 || far == 1 ? cols * std::max(src_stride, room) : room;
+        const int64_t dst_stride = near * cols + random.below(3), dst_step = near == 1 ? rows * dst_stride : cols;
+        const std::vector<float> src = random.values((count - 1) * src_step + (cols - 1) * src_stride + room);
+        std::vector<float> dst(static_cast<size_t>((count - 1) * dst_step + (rows - 1) * dst_stride + cols), untouched());
+        std::vector<float> wanted = dst;
+        transpose({src.data(), src_stride, dst.data(), dst_stride, rows, cols, can_overread, count, src_step, dst_step});
+        for (int64_t m = 0; m < count; ++m)
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < cols; ++j)
+              wanted[m * dst_step + i * dst_stride + j] = src[m * src_step + j * src_stride + i];
         expect_same(dst, wanted, text("%s transpose to %dx%d", set.isa, static_cast<int>(rows), static_cast<int>(cols)));
       }
 }

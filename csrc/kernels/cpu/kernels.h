@@ -276,10 +276,17 @@ struct ConvertJob {
 };
 using ConvertLoop = void (*)(const ConvertJob& job);
 
-// dst[i * dst_stride + j] = src[j * src_stride + i] for i < rows_out, j < cols_out.
+// dst[i * dst_stride + j] = src[j * src_stride + i] for i < rows, j < columns; then the same for the next of `count` matrices.
 // With can_overread, source rows (over i) may be read up to the next multiple of 8 elements.
-using Transpose = void (*)(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t rows_out, int64_t cols_out,
-                           bool can_overread);
+struct TransposeJob {
+  const float* src;
+  int64_t src_stride;
+  float* dst;
+  int64_t dst_stride, rows, columns;
+  bool can_overread = false;
+  int64_t count = 1, src_step = 0, dst_step = 0;
+};
+using Transpose = void (*)(const TransposeJob& job);
 
 // A 64-bit hash of `count` floats in which every bit and every position counts; the sample's is of kSampleLines lines of
 // kLineFloats among them, the first and the last included.

@@ -55,38 +55,74 @@ static FASTSEQ_INLINE void interleave_planes(const float* src, int64_t src_strid
     for (int64_t c = 0; c < planes; ++c) dst[i * planes + c] = plane[c][i];
 }
 
-static void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t rows_out, int64_t cols_out,
-                      bool can_overread) {
-  if (rows_out == 1 && src_stride == 1) {
-    for (int64_t j = 0; j < cols_out; ++j) dst[j] = src[j];
-    return;
-  }
-  if (cols_out >= 2 && cols_out <= 4 && dst_stride == cols_out) {
-    interleave_planes(src, src_stride, dst, rows_out, cols_out);
-    return;
-  }
-  if (cols_out < 8 || (rows_out < 8 && !can_overread)) {
-    for (int64_t i = 0; i < rows_out; ++i)
-      for (int64_t j = 0; j < cols_out; ++j) dst[i * dst_stride + j] = src[j * src_stride + i];
-    return;
-  }
-  // The last block overlaps the one before instead of leaving a scalar tail; it writes the same values again.
-  for (int64_t jj = 0; jj < cols_out; jj += 8) {
-    const int64_t j = jj + 8 <= cols_out ? jj : cols_out - 8;
-    for (int64_t ii = 0; ii < rows_out; ii += 8) {
-      const int64_t i = can_overread || ii + 8 <= rows_out ? ii : rows_out - 8;
-      Vec8 block[8];
+// Eight columns of dst from row i to row `end`, in blocks, none beyond last_row: that one overlaps the one before instead of leaving a
+// scalar tail; it writes the same values again.
+static FASTSEQ_INLINE void transpose_columns(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t i,
+                                             int64_t end, int64_t rows, int64_t last_row) {
+  for (; i < end; i += 8) {
+    const int64_t row = std::min(i, last_row);
+    Vec8 block[8];
 #pragma GCC unroll 8
-      for (int n = 0; n < 8; ++n) block[n] = *reinterpret_cast<const Vec8U*>(src + (j + n) * src_stride + i);
-      transpose_8x8(block);
-      float* out = dst + i * dst_stride + j;
-      const int64_t valid = rows_out - i;
-      if (valid >= 8) {
+    for (int n = 0; n < 8; ++n) block[n] = *reinterpret_cast<const Vec8U*>(src + n * src_stride + row);
+    transpose_8x8(block);
+    float* const out = dst + row * dst_stride;
+    if (rows - row >= 8) {
 #pragma GCC unroll 8
-        for (int n = 0; n < 8; ++n) *reinterpret_cast<Vec8U*>(out + n * dst_stride) = block[n];
-      } else {
-        for (int n = 0; n < valid; ++n) *reinterpret_cast<Vec8U*>(out + n * dst_stride) = block[n];
-      }
+      for (int n = 0; n < 8; ++n) *reinterpret_cast<Vec8U*>(out + n * dst_stride) = block[n];
+    } else {
+      for (int n = 0; n < rows - row; ++n) *reinterpret_cast<Vec8U*>(out + n * dst_stride) = block[n];
     }
   }
+}
+
+static void transpose_one(const TransposeJob& job, const float* src, float* dst) {
+  if (job.rows == 1 && job.src_stride == 1) {
+    for (int64_t j = 0; j < job.columns; ++j) dst[j] = src[j];
+  } else if (job.columns >= 2 && job.columns <= 4 && job.dst_stride == job.columns) {
+    interleave_planes(src, job.src_stride, dst, job.rows, job.columns);
+  } else {
+    for (int64_t i = 0; i < job.rows; ++i)
+      for (int64_t j = 0; j < job.columns; ++j) dst[i * job.dst_stride + j] = src[j * job.src_stride + i];
+  }
+}
+
+// The side whose rows are further apart are planes. They take turns line by line, as many of them as fill a line of a pixel, fewer
+// where their rows share the sets of a cache: more at a time than hardware follows as streams would each be waited for. What each
+// needs next is asked for early. Small planes are written all together, since caches hold a line of each.
+static void transpose(const TransposeJob& job) {
+  if (job.columns < 8 || (job.rows < 8 && !job.can_overread)) {
+    for (int64_t m = 0; m < job.count; ++m) transpose_one(job, job.src + m * job.src_step, job.dst + m * job.dst_step);
+    return;
+  }
+  constexpr int64_t kLine = 16, kSmallPlane = 1024;
+  const int64_t src_stride = job.src_stride, dst_stride = job.dst_stride, rows = job.rows, columns = job.columns;
+  const int64_t last_row = job.can_overread ? rows : rows - 8;
+  const int64_t stride = std::max(src_stride, dst_stride);
+  const bool shares_sets = stride % 512 == 0, writes_planes = dst_stride > src_stride;
+  const bool is_small = writes_planes && stride < kSmallPlane && !shares_sets;
+  const int64_t planes = is_small ? rows : shares_sets ? 8 : kLine;
+  for (int64_t first = 0; first < (writes_planes ? rows : columns); first += planes)
+    for (int64_t m = 0; m < job.count; ++m) {
+      const float* const src = job.src + m * job.src_step;
+      float* const dst = job.dst + m * job.dst_step;
+      if (writes_planes) {
+        const int64_t end = std::min(first + planes, rows);
+        for (int64_t j = 0; j < columns; j += 8) {
+          if (!is_small && j % kLine == 0)
+            for (int64_t i = first; i < end; ++i) __builtin_prefetch(dst + i * dst_stride + j + kLine, 1);
+          const int64_t column = std::min(j, columns - 8);
+          transpose_columns(src + column * src_stride, src_stride, dst + column, dst_stride, first, end, rows, last_row);
+        }
+      } else {
+        const int64_t end = std::min(first + planes, columns);
+        for (int64_t i = 0; i < rows; i += kLine) {
+          for (int64_t j = first; j < end; ++j) __builtin_prefetch(src + j * src_stride + i + kLine);
+          for (int64_t j = first; j < end; j += 8) {
+            const int64_t column = std::min(j, columns - 8);
+            transpose_columns(src + column * src_stride, src_stride, dst + column, dst_stride, i, std::min(i + kLine, rows),
+                              rows, last_row);
+          }
+        }
+      }
+    }
 }
