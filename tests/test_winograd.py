@@ -48,6 +48,8 @@ SHAPES = [
     (64, 30, 5, 2, 7, 8),
 ]
 
+SPECIAL = [math.nan, math.inf, -math.inf, 3e38, -3.4e38, 1e-45]
+
 
 def uses_winograd(model: nn.Module) -> bool:
     used = kernels_used(model)
@@ -108,6 +110,83 @@ def test_all_sizes_of_maps(forced: str, k: int) -> None:
                 assert_matches(run_fused(pooled, x), pooled, x, largest_factor=WINOGRAD_LARGEST)
 
 
+# c_in, c_out, kernel, padding, dilation, h, w: rows and columns of every phase that fill tiles, share one, or leave it to others.
+DILATED = [
+    (16, 20, 3, 2, 2, 13, 12),
+    (17, 33, 3, 3, 3, 17, 19),
+    (3, 16, 3, 2, 2, 9, 10),
+    (4, 9, 3, (0, 2), (1, 2), 11, 9),
+    (70, 40, 3, (5, 1), (5, 1), 23, 7),
+    (8, 24, 5, 4, 2, 9, 11),
+]
+
+
+def dilated(shape: tuple[Any, ...], *after: nn.Module, relu: bool = True) -> nn.Sequential:
+    c_in, c_out, k, padding, dilation, _, _ = shape
+    layers: list[nn.Module] = [nn.Conv2d(c_in, c_out, k, padding=padding, dilation=dilation)]
+    return nn.Sequential(*layers, *([nn.ReLU()] if relu else []), *after).eval()
+
+
+@each_isa
+@pytest.mark.parametrize("pool", [*POOLS, "act"])
+@pytest.mark.parametrize("shape", DILATED, ids=str)
+def test_dilation(forced: str, shape: tuple[Any, ...], pool: str) -> None:
+    behind: tuple[nn.Module, ...] = (nn.Conv2d(shape[1], 5, 1), nn.SiLU()) if pool == "act" else POOLS[pool]
+    model = dilated(shape, *behind, relu=pool != "act")
+    if pool == "act":
+        model.insert(1, nn.ELU())
+    fused = fastseq.optimize(model)
+    for batch, memory_format in ((1, torch.contiguous_format), (3, torch.channels_last)):
+        x = torch.randn(batch, shape[0], *shape[-2:]).to(memory_format=memory_format)
+        with torch.no_grad():
+            assert_matches(fused(x), model, x, largest_factor=WINOGRAD_LARGEST)
+    assert_was_fused(fused)
+    assert uses_winograd(fused) or pool in ("pool2", "pool2ceil")  # where tiles hold no neighbours
+
+
+@each_isa
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("dilation", [2, 3])
+def test_dilation_of_all_sizes_of_maps(forced: str, k: int, dilation: int) -> None:
+    model = nn.Sequential(nn.Conv2d(6, 9, k, dilation=dilation), nn.ReLU()).eval()
+    out, reach = 7 - k, dilation * (k - 1)
+    for h in range(dilation * out - 1, dilation * (2 * out + 1) + 2):
+        for w in (dilation * out, dilation * 2 * out + 1):
+            # Several images: eager's worst error of one small tensor may be near nothing by luck.
+            x = torch.randn(4, 6, h + reach, w + reach)
+            fused = fastseq.optimize(model)
+            with torch.no_grad():
+                assert_matches(fused(x), model, x, largest_factor=WINOGRAD_LARGEST)
+            assert uses_winograd(fused) == (h >= dilation * out)
+
+
+@each_isa
+@pytest.mark.parametrize("shape", DILATED, ids=str)
+@pytest.mark.parametrize("pool", ["plain", "pool3s2"])
+def test_dilation_bits_do_not_depend_on_batch_threads_or_layout(
+    forced: str, shape: tuple[Any, ...], pool: str
+) -> None:
+    fused = fastseq.optimize(nn.Sequential(*dilated(shape, *POOLS[pool]), nn.Conv2d(shape[1], 64, 1)).eval())
+    assert_same_bits_however_called(fused, torch.randn(9, shape[0], *shape[-2:]))
+    assert uses_winograd(fused)
+
+
+@each_isa
+@pytest.mark.parametrize("shape", DILATED, ids=str)
+def test_special_values_keep_their_footprint_through_dilation(forced: str, shape: tuple[Any, ...]) -> None:
+    model = dilated(shape, relu=False)
+    fused = fastseq.optimize(model)
+    c_in, h, w = shape[0], *shape[-2:]
+    for value in SPECIAL:
+        inputs = torch.randn(4, 2, c_in, h, w)
+        for x, (row, column) in zip(inputs, ((0, 0), (h - 1, w - 1), (h // 2, 3), (4, w - 1)), strict=True):
+            x[1, c_in // 2, row, column] = value
+        with torch.no_grad():
+            actual = torch.cat([fused(x) for x in inputs])
+        assert_matches(actual, model, inputs.flatten(0, 1), largest_factor=WINOGRAD_LARGEST)
+    assert uses_winograd(fused)
+
+
 @each_isa
 def test_long_sums_and_groups_of_many_tiles(forced: str) -> None:
     model = conv(200, 24, 3, 1)
@@ -162,9 +241,6 @@ def test_threads_that_share_output_channels(isa: str, layer: str, monkeypatch: p
     assert_was_fused(fused)
     if layer != "first panel":  # where an order of adding decides what overflows
         assert_matches(alone, model, x, largest_factor=WINOGRAD_LARGEST)
-
-
-SPECIAL = [math.nan, math.inf, -math.inf, 3e38, -3.4e38, 1e-45]
 
 
 @each_isa

@@ -163,7 +163,7 @@ bool Executor::shares_panels(const SpatialStep& step, int64_t batch, int threads
     most = std::max(most, own);
   }
   const auto time = [&](int64_t rows, int64_t out_vectors) {
-    const int64_t across = step.winograd ? step.winograd.tiles_x : step.conv_w;
+    const int64_t across = step.winograd ? step.winograd.band_tiles() : step.conv_w;
     const ConvPart part{rows * across, step.src.channels, step.conv.k_h * step.conv.k_w, out_vectors, kernels_.lanes};
     return step.winograd ? winograd_time(part, /*has_few_channels=*/false) : direct_time(part);
   };
@@ -217,7 +217,7 @@ void Executor::run_by_row(const void* src, void* dst, int64_t batch, int threads
     }
     const int64_t together = step ? step->unit_rows : 1;
     int64_t least = together;
-    if (step && step->winograd) least *= (kProductTiles + step->winograd.tiles_x - 1) / step->winograd.tiles_x;
+    if (step && step->winograd) least *= (kProductTiles + step->winograd.band_tiles() - 1) / step->winograd.band_tiles();
     unit[phase] = shared_rows(rows, together, least, threads, parts);
   }
   const auto per_image = [&](int phase) { return (rows_of(phase) + unit[phase] - 1) / unit[phase]; };

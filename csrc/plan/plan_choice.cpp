@@ -50,7 +50,7 @@ ConvShape PlanBuilder::conv_shape(const StepSpec& spec, size_t index) const {
 }
 
 bool PlanBuilder::uses_winograd(const StepSpec& spec, size_t index) const {
-  if (spec.op != Op::kConv2d || !options_.allows_winograd || spec.groups > 1 || spec.conv.is_dilated()) return false;
+  if (spec.op != Op::kConv2d || !options_.allows_winograd || spec.groups > 1) return false;
   const ConvShape shape = conv_shape(spec, index);
   const bool asks_for_direct = wanted_row(shape.pools_in_registers ? "conv2d_maxpool2d" : "conv2d", index) != nullptr;
   const bool asks_for_winograd = wanted_row("conv2d_winograd", index) != nullptr;

@@ -336,13 +336,15 @@ void PlanBuilder::place_ring(SpatialStep& step, const StepSpec& spec) {
 
 void PlanBuilder::make_winograd_tables(SpatialStep& step, const Map& out, int64_t scale) const {
   Winograd& w = step.winograd;
-  step.unit_rows = step.ring.pitch ? 1 : w.side;
+  step.unit_rows = step.ring.pitch ? 1 : w.band_rows;
+  const int64_t step_h = step.conv.dilation_h, step_w = step.conv.dilation_w;
   for (int64_t y = 0; y < w.side; ++y)
     for (int64_t x = 0; x < w.side; ++x) {
-      w.dst_offset.push_back(to_offset(y * out.row_stride + x * out.pitch));
+      w.dst_offset.push_back(to_offset(step_h * y * out.row_stride + step_w * x * out.pitch));
       for (int64_t i = 0; i < scale; ++i)
         for (int64_t j = 0; j < scale; ++j)
-          w.src_offset.push_back(to_offset((y * scale + i) * step.src.row_stride + (x * scale + j) * step.src.pitch));
+          w.src_offset.push_back(
+              to_offset(step_h * (y * scale + i) * step.src.row_stride + step_w * (x * scale + j) * step.src.pitch));
     }
 }
 

@@ -195,8 +195,8 @@ void Executor::make_rows(const SpatialStep& step, const Workspace& at, int64_t f
   }
   if (!step.has_pool || step.pools_in_registers) {
     if (step.winograd) {
-      const int64_t side = step.winograd.side;
-      run_winograd(step, &at, 1, step.dst, step.lower, first / side, (last + side - 1) / side, {}, at.scratch);
+      const int64_t rows = step.winograd.band_rows;
+      run_winograd(step, &at, 1, step.dst, step.lower, first / rows, (last + rows - 1) / rows, {}, at.scratch);
     } else {
       conv_rows(step, at, step.dst, step.lower, first, last, {});
     }
@@ -210,8 +210,8 @@ void Executor::make_rows(const SpatialStep& step, const Workspace& at, int64_t f
     const int64_t end_conv = std::min(step.conv_h, (end - 1) * step.pool.stride_h - step.pool.pad_top + step.pool.reach_h());
     made = std::max(made, begin_conv);
     if (step.winograd) {
-      const int64_t side = step.winograd.side;
-      run_winograd(step, &at, 1, step.ring, kNoLower, made / side, (end_conv + side - 1) / side, {}, at.scratch);
+      const int64_t rows = step.winograd.band_rows;
+      run_winograd(step, &at, 1, step.ring, kNoLower, made / rows, (end_conv + rows - 1) / rows, {}, at.scratch);
     } else if (made < end_conv) {
       conv_rows(step, at, step.ring, kNoLower, made, end_conv, {});
     }
@@ -407,38 +407,48 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
   float* const v = scratch;
   float* const m = scratch + w.m_offset;
   float* const poison = scratch + w.poison_offset;
-  const int64_t total = image_count * (last - first) * w.tiles_x;
+  const int64_t dilation_h = step.conv.dilation_h, dilation_w = step.conv.dilation_w;
+  const int64_t total = image_count * (last - first) * w.band_tiles();
   const int64_t scale = step.pools_in_registers ? 2 : 1;
-  const int64_t last_row = dst.h - w.side, last_column = dst.w - w.side;
+  const int64_t src_row_stride = dilation_h * step.src.row_stride, src_pitch = dilation_w * step.src.pitch;
+  const int64_t dst_row_stride = dilation_h * dst.row_stride, dst_pitch = dilation_w * dst.pitch;
 
   struct Place {
     int64_t image, row, column;  // of the first result
   };
   Place places[kMostGroupTiles];
-  int64_t image = 0, band = first, x = 0;  // of the next tile
+  int64_t image = 0, tile_row = first * dilation_h, x = 0;  // of the next tile
   const float* src[kMostGroupTiles];
   cpu::WinogradTile tiles[kMostGroupTiles];
+  // Of rows or columns phase, phase + step, ... the one that a tile begins with, and how many of its are an earlier tile's: the last
+  // tile is moved back inside.
+  const auto begin_of = [&](int64_t length, int64_t tile, int64_t phase, int64_t step_between, int32_t& skip) {
+    const int64_t count = (length - phase + step_between - 1) / step_between, wanted = tile * w.side;
+    const int64_t index = std::min(wanted, count - w.side);
+    skip = static_cast<int32_t>(wanted - index);
+    return phase + index * step_between;
+  };
 
   const int64_t groups = (total + w.group - 1) / w.group;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = total * g / groups, count = total * (g + 1) / groups - begin;
     for (int64_t t = 0; t < count; ++t) {
-      const int64_t wanted_row = band * w.side, wanted_column = x * w.side;
-      const int64_t row = std::min(wanted_row, last_row), column = std::min(wanted_column, last_column);
+      cpu::WinogradTile& tile = tiles[t];
+      const int64_t row = begin_of(dst.h, tile_row / dilation_h, tile_row % dilation_h, dilation_h, tile.skip_rows);
+      const int64_t column = begin_of(dst.w, x / dilation_w, x % dilation_w, dilation_w, tile.skip_columns);
       const Workspace& at = images[image];
       places[t] = {image, row, column};
       src[t] = source(step.src, at) + (row * scale - step.conv.pad_top) * step.src.row_stride +
                (column * scale - step.conv.pad_left) * step.src.pitch;
-      tiles[t] = {target(dst, at) + row * dst.row_stride + column * dst.pitch, static_cast<int32_t>(wanted_row - row),
-                  static_cast<int32_t>(wanted_column - column)};
+      tile.dst = target(dst, at) + row * dst.row_stride + column * dst.pitch;
       if (++x < w.tiles_x) continue;
       x = 0;
-      if (++band == last) band = first, ++image;
+      if (++tile_row == last * dilation_h) tile_row = first * dilation_h, ++image;
     }
 
     cpu::WinogradInputJob in = {};
     in.src = src, in.tiles = static_cast<int32_t>(count);
-    in.src_row_stride = step.src.row_stride, in.src_pitch = step.src.pitch;
+    in.src_row_stride = src_row_stride, in.src_pitch = src_pitch;
     in.channels = static_cast<int32_t>(step.src.channels);
     in.dst = v, in.dst_point_stride = w.v_point_stride, in.dst_tile_stride = w.v_tile_stride;
     (w.has_few_channels ? kernels_.winograd_small_input : kernels_.winograd_input)(in);
@@ -446,7 +456,7 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
     cpu::WinogradOutputJob out = {};
     out.lower = lower;
     out.tile = tiles, out.tiles = static_cast<int32_t>(count);
-    out.dst_row_stride = dst.row_stride, out.dst_pitch = dst.pitch;
+    out.dst_row_stride = dst_row_stride, out.dst_pitch = dst_pitch;
     out.poison = poison;
     const int64_t room = lanes_of(dst);
     // Sums that are not finite: the transforms spread NaN and infinity over pixels that eager's sums do not reach. Panel by panel,
@@ -461,10 +471,10 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
     const auto activate_tiles = [&](int64_t first_lane, int64_t end_lane) {
       if (!step.on_results) return;
       cpu::ActivationJob job = {};
-      job.row_stride = dst.pitch, job.lanes = end_lane - first_lane;
+      job.row_stride = dst_pitch, job.lanes = end_lane - first_lane;
       for (const cpu::WinogradTile* tile = tiles; tile < tiles + count; ++tile)
-        for (int64_t y = tile->skip_rows; y < w.side; ++y) {
-          job.data = tile->dst + y * dst.row_stride + tile->skip_columns * dst.pitch + first_lane;
+        for (int64_t y = tile->skip_rows; y < w.side && tile->skip_columns < w.side; ++y) {
+          job.data = tile->dst + y * dst_row_stride + tile->skip_columns * dst_pitch + first_lane;
           job.rows = w.side - tile->skip_columns;
           activate(step.on_results, job, first_lane);
         }
@@ -517,6 +527,7 @@ void Executor::run_tile_directly(const SpatialStep& step, const Workspace& at, f
       dst_offset[count] = w.dst_offset[static_cast<size_t>(pixel)];
       std::copy_n(&w.src_offset[static_cast<size_t>(pixel * entries)], entries, &src_offset[count * entries]);
     }
+  if (count == 0) return;
   for (const Panel& panel : step.weights->panels) {
     const int64_t width = panel.vectors * kernels_.lanes;
     const int64_t begin = std::max<int64_t>(panel.first_lane, first_lane), end = std::min(panel.first_lane + width, end_lane);

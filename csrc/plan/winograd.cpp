@@ -68,8 +68,18 @@ void transform_weights(const double (&g)[kPatch][5], int taps, const float* src,
 bool has_transforms(const ConvShape& shape) {
   const Window& w = shape.window;
   if (w.k_h != w.k_w || (w.k_h != 3 && w.k_h != 5) || w.stride_h != 1 || w.stride_w != 1) return false;
+  if (w.is_dilated() && shape.pools_in_registers) return false;  // neighbours are of different tiles
   const int64_t out = results_per_side(w);
-  return shape.h >= out && shape.w >= out;  // a whole tile fits
+  return shape.h >= out * w.dilation_h && shape.w >= out * w.dilation_w;  // whole tiles fit
+}
+
+int64_t bands_of(const ConvShape& shape) {
+  return ceil_div(ceil_div(shape.h, shape.window.dilation_h), results_per_side(shape.window));
+}
+
+int64_t tiles_across(const ConvShape& shape) {
+  const int64_t dilation = shape.window.dilation_w;
+  return dilation * ceil_div(ceil_div(shape.w, dilation), results_per_side(shape.window));
 }
 
 }  // namespace
@@ -102,10 +112,11 @@ double winograd_time(const ConvPart& part, bool has_few_channels) {
 
 bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set, double direct_speed) {
   if (!has_transforms(shape)) return false;
-  const int64_t out = results_per_side(shape.window), taps = shape.window.k_h * shape.window.k_w;
+  const int64_t taps = shape.window.k_h * shape.window.k_w;
   const int64_t out_vectors = ceil_div(shape.c_out, set.lanes);
   const ConvPart pixels{shape.h * shape.w, shape.c_in, taps, out_vectors, set.lanes};
-  const ConvPart tiles{ceil_div(shape.h, out) * ceil_div(shape.w, out), shape.c_in, taps, out_vectors, set.lanes};
+  const int64_t count = bands_of(shape) * shape.window.dilation_h * tiles_across(shape);
+  const ConvPart tiles{count, shape.c_in, taps, out_vectors, set.lanes};
   return winograd_time(tiles, has_few_channels(shape)) < direct_time(pixels) / direct_speed;
 }
 
@@ -114,14 +125,15 @@ Winograd plan_winograd(const ConvShape& shape, int panel_vectors, const cpu::Ker
   plan.out = results_per_side(shape.window);
   plan.side = shape.pools_in_registers ? plan.out / 2 : plan.out;
   plan.has_few_channels = has_few_channels(shape);
-  plan.bands = ceil_div(shape.h, plan.out), plan.tiles_x = ceil_div(shape.w, plan.out);
+  plan.bands = bands_of(shape), plan.band_rows = plan.side * shape.window.dilation_h;
+  plan.tiles_x = tiles_across(shape);
 
   plan.chain = static_cast<int32_t>(ceil_div(shape.c_in, ceil_div(shape.c_in, kLongestChain)));
   plan.chain_group = static_cast<int32_t>(kChainsOfGroup) * plan.chain;
 
   const int64_t floats = kPoints * shape.c_in * shape.c_out;
   const int64_t wanted = floats > kLargeWeightFloats ? kLargeGroup : kSmallGroup;
-  const int64_t tiles = plan.bands * plan.tiles_x;
+  const int64_t tiles = plan.bands * plan.band_tiles();
   plan.group = std::min(kMostGroupTiles, ceil_div(tiles, ceil_div(tiles, wanted)));
   // Few tiles in an image: groups span images.
   if (tiles < wanted) plan.group = wanted;

@@ -16,7 +16,10 @@ struct Winograd {
   int64_t out = 0;   // results of a tile and side: 4 for 3x3, 2 for 5x5
   int64_t side = 0;  // the same after pooling in registers
   bool has_few_channels = false;
-  int64_t bands = 0, tiles_x = 0;      // rows of tiles, tiles in a row
+  // A tile of a dilated convolution has every so-manieth row and column. The tiles that a row is in are those of a band: side times the
+  // dilation rows of the result, and as many rows of tiles as the dilation.
+  int64_t bands = 0, band_rows = 0;
+  int64_t tiles_x = 0;                 // tiles in a row of them
   int64_t group = 0;                   // tiles that go through all three phases together
   int32_t chain = 0, chain_group = 0;  // terms of a partial sum over the channels, and of a sum of those
   int64_t v_point_stride = 0, v_tile_stride = 0;
@@ -28,6 +31,7 @@ struct Winograd {
   std::vector<int32_t> src_offset, dst_offset;
 
   explicit operator bool() const { return out > 0; }
+  int64_t band_tiles() const { return band_rows / side * tiles_x; }
 };
 
 // Tiles beyond this many in a group would only grow the buffers.

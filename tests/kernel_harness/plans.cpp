@@ -219,6 +219,14 @@ std::vector<Network> networks_of_groups() {
   add(Network("groups with weights beyond the cache, SiLU", 128, 7, 7).grouped(134, 5, 2, 1, 2).act(A::kSilu));
   add(Network("more input than output channels in a group", 32, 6, 6).grouped(8, 3, 4, 1, 1));
   add(Network("dilation", 5, 14, 13).grouped(20, 3, 1, 1, 2, 2).relu().grouped(18, 3, 1, 1, 3, 3).pool(2, 2));
+  add(Network("dilation, a pool through a ring, rows and columns that are not in all phases", 20, 17, 14)
+          .grouped(33, 3, 1, 1, 2, 2)
+          .relu()
+          .pool(3, 2)
+          .grouped(20, 3, 1, 1, 3, 3)
+          .act(A::kSilu));
+  add(Network("dilation, 5x5 and few channels, two threads", 4, 25, 26).grouped(40, 3, 1, 1, 3, 3).relu().grouped(24, 5, 1, 1, 4, 2));
+  add(Network("NaN and infinities, dilation of many channels", 16, 13, 13).grouped(20, 3, 1, 1, 2, 2).relu().special());
   add(Network("dilation of one channel", 1, 14, 13).grouped(6, 5, 1, 1, 0, 2).relu());
   add(Network("NaN and infinities, depthwise", 19, 9, 9).grouped(19, 3, 19, 1, 1).relu().grouped(38, 3, 19, 2, 1).special());
   add(Network("NaN and infinities, groups and dilation", 12, 9, 9).grouped(24, 3, 3, 1, 2, 2).relu().grouped(12, 3, 6).special());
