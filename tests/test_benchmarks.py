@@ -348,6 +348,17 @@ def test_memory(tmp_path: Path) -> None:
         assert row["of_eager"] == pytest.approx(row["peak_bytes"] / eager["peak_bytes"])
 
 
+def test_start_of_a_replica(tmp_path: Path) -> None:
+    path, table = tmp_path / "rows.json", tmp_path / "table.md"
+    run_process("bench_start", "--cases", "seed2", "--repeats", "1", "--json", str(path), "--markdown", str(table))
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["model"] for row in rows] == ["eager", "fastseq"]
+    for row in rows:
+        parts = [row[key] for key in ("import_fastseq_s", "model_s", "warm_s", "first_answer_s")]
+        assert min(parts) > 0 and row["import_torch_s"] > 0 and row["beyond_torch_s"] == pytest.approx(sum(parts))
+    assert table.read_text().count("| seed2 |") == 2
+
+
 def test_requests_per_second(tmp_path: Path) -> None:
     pytest.importorskip("litserve", reason="needs the extra fastseq[serve]")
     path, table = tmp_path / "rows.json", tmp_path / "table.md"
@@ -409,6 +420,7 @@ def test_an_answer_of_wrong_weights_is_seen(tmp_path: Path, monkeypatch: pytest.
         ("tune", ("--networks", "seed1_named"), "invalid choice: 'seed1_named'"),
         ("tune", ("--networks", "--groups"), "no layer to time"),
         ("bench_memory", ("--repeats", "0"), "at least 1"),
+        ("bench_start", ("--max-batch", "0"), "at least 1"),
         ("report", (), "expected result files, or --page"),
         ("report", ("a.json", "--page", "a.md"), "expected result files, or --page"),
         ("report", ("pyproject.toml",), "pyproject.toml: not JSON"),
@@ -431,7 +443,7 @@ def test_bad_arguments(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["bench_layers", "bench_call", "tune", "bench_memory"])
+@pytest.mark.parametrize("script", ["bench_layers", "bench_call", "tune", "bench_memory", "bench_start"])
 def test_nothing_is_measured_without_kernels(
     script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
