@@ -13,8 +13,6 @@ namespace {
 using cuda::Math;
 using cuda::PoolMode;
 
-int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
 int to_int(int64_t value) {
   if (value > std::numeric_limits<int>::max()) throw Refusal("a CUDA kernel's size or offset exceeds 2^31 elements");
   return static_cast<int>(value);

@@ -29,9 +29,9 @@ constexpr int64_t kProductTiles = 14;
 int64_t shared_rows(int64_t rows, int64_t unit, int64_t least, int threads, int most) {
   int64_t best = 0, best_time = 0;
   for (int parts = most; parts >= 1; parts /= 2) {
-    const int64_t count = static_cast<int64_t>(threads) * parts, size = ((rows + count - 1) / count + unit - 1) / unit * unit;
+    const int64_t count = static_cast<int64_t>(threads) * parts, size = round_up(divide_up(rows, count), unit);
     if (size < least && parts > 1) continue;
-    const int64_t time = ((rows + size - 1) / size + threads - 1) / threads * size;
+    const int64_t time = divide_up(divide_up(rows, size), threads) * size;
     if (!best || time < best_time) best = size, best_time = time;
   }
   return best;
@@ -168,7 +168,7 @@ bool Executor::shares_panels(const SpatialStep& step, int64_t batch, int threads
     return step.winograd ? winograd_time(part, /*has_few_channels=*/false) : direct_time(part);
   };
   const int64_t rows = batch * (step.winograd ? step.winograd.bands : step.conv_h);
-  return time(rows, most) < time((rows + threads - 1) / threads, vectors);
+  return time(rows, most) < time(divide_up(rows, threads), vectors);
 }
 
 void Executor::run_by_row(const void* src, void* dst, int64_t batch, int threads) const {
@@ -217,10 +217,10 @@ void Executor::run_by_row(const void* src, void* dst, int64_t batch, int threads
     }
     const int64_t together = step ? step->unit_rows : 1;
     int64_t least = together;
-    if (step && step->winograd) least *= (kProductTiles + step->winograd.band_tiles() - 1) / step->winograd.band_tiles();
+    if (step && step->winograd) least *= divide_up(kProductTiles, step->winograd.band_tiles());
     unit[phase] = shared_rows(rows, together, least, threads, parts);
   }
-  const auto per_image = [&](int phase) { return (rows_of(phase) + unit[phase] - 1) / unit[phase]; };
+  const auto per_image = [&](int phase) { return divide_up(rows_of(phase), unit[phase]); };
   const auto units = [&](int phase) {
     if (phase >= copies + steps) return panel_count(static_cast<size_t>(phase - copies - steps));
     return by_panel[static_cast<size_t>(phase)] ? threads : batch * per_image(phase);

@@ -31,7 +31,7 @@ void run_few(const Task& task, int64_t rows) {
   job.runs = task.step.runs.data(), job.run_count = static_cast<int32_t>(task.step.runs.size());
   job.bias = task.bias, job.lower = task.step.lower;
   job.dst_stride = task.step.dst_stride;
-  const int64_t tiles = (rows + task.kernels.in_place_rows - 1) / task.kernels.in_place_rows;
+  const int64_t tiles = divide_up(rows, task.kernels.in_place_rows);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = rows * t / tiles;
     job.src = task.src + row * task.src_stride, job.dst = task.dst + row * task.step.dst_stride;
@@ -43,9 +43,9 @@ void run_few(const Task& task, int64_t rows) {
 void run_packed(const Task& task, int64_t rows, BufferPool& pool) {
   const cpu::KernelSet& kernels = task.kernels;
   const LinearStep& step = task.step;
-  const int64_t all_vectors = (rows + kernels.lanes - 1) / kernels.lanes;
+  const int64_t all_vectors = divide_up(rows, kernels.lanes);
   const int64_t vectors = std::min<int64_t>(all_vectors, kernels.tiles.preferred_vectors);
-  const int64_t panels = (all_vectors + vectors - 1) / vectors, width = vectors * kernels.lanes;
+  const int64_t panels = divide_up(all_vectors, vectors), width = vectors * kernels.lanes;
   const int64_t tile = kernels.tiles.max_rows[vectors];
   const int64_t waiting = std::min(kWaitingRows / tile * tile, task.n);  // whole tiles, but for the last
   Lease lease(pool);

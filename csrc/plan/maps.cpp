@@ -29,10 +29,10 @@ std::vector<cpu::PoolSpan> spans(int64_t in, int64_t out, int64_t k, int64_t str
   std::vector<cpu::PoolSpan> result;
   for (int64_t i = 0; i < out; ++i) {
     const int64_t first = i * stride - pad, behind = first + dilation * (k - 1) + 1;
-    const int64_t skipped = first < 0 ? (-first + dilation - 1) / dilation : 0;
+    const int64_t skipped = first < 0 ? divide_up(-first, dilation) : 0;
     const int64_t begin = first + skipped * dilation, end = std::min(in, behind);
     if (begin >= end) throw Refusal("a window of a pool lies wholly in the padding");
-    const int64_t pixels = (end - begin + dilation - 1) / dilation;
+    const int64_t pixels = divide_up(end - begin, dilation);
     const int64_t counted = counts_padding ? std::min(behind, in + pad) - first : pixels;
     result.push_back({static_cast<int32_t>(begin), static_cast<int32_t>(pixels), static_cast<float>(counted)});
   }
@@ -120,7 +120,7 @@ void prepare_scale(const StepSpec& spec, const MapSize& src, const MapSize&, con
   step.has_scale_per_feature = spec.is_per_feature && spec.weight;
   step.scale = make_scale(spec, step.has_scale_per_feature ? src.channels * src.h * src.w : src.channels, set);
   if (!step.has_scale_per_feature) return;
-  const int64_t pitch = (src.channels + set.lanes - 1) / set.lanes * set.lanes;
+  const int64_t pitch = round_up(src.channels, set.lanes);
   step.scale.scale = by_pixels(step.scale.scale, src, pitch), step.scale.shift = by_pixels(step.scale.shift, src, pitch);
 }
 

@@ -92,7 +92,7 @@ bool can_shuffle_groups(const StepSpec& spec, int lanes) {
 }
 
 PackedPtr pack_depthwise(const StepSpec& spec, int lanes) {
-  const int64_t taps = spec.conv.k_h * spec.conv.k_w, vectors = (spec.out + lanes - 1) / lanes, terms = spec.in;
+  const int64_t taps = spec.conv.k_h * spec.conv.k_w, vectors = divide_up(spec.out, lanes), terms = spec.in;
   auto packed = std::make_shared<PackedWeights>();
   packed->weight = std::make_unique<AlignedBuffer>(vectors * taps * terms * lanes);
   packed->bias = std::make_unique<AlignedBuffer>(vectors * lanes);
@@ -164,7 +164,7 @@ PackedPtr pack_pairs(const PackedWeights& floats, const StepSpec& spec, int64_t 
 }
 
 PackedPtr pack_bias(const StepSpec& spec, const cpu::KernelSet& kernels) {
-  const int64_t vectors = (spec.out + kernels.lanes - 1) / kernels.lanes;
+  const int64_t vectors = divide_up(spec.out, kernels.lanes);
   auto packed = make_panels(spec, split_vectors(static_cast<int>(vectors), kernels.tiles.preferred_vectors, kernels.tiles.max_rows),
                             kernels.lanes, 0);
   // The last tile reads the biases of rows that are not there.

@@ -75,7 +75,7 @@ bool PlanBuilder::uses_plane(const StepSpec& spec, size_t index) const {
   const bool asks_for_plane = wanted_row("conv2d_plane", index) != nullptr;
   if (asks_for_tile != asks_for_plane) return asks_for_plane;
   const int64_t plane = round_up(shape.w, 2 * set_.lanes) / set_.lanes * shape.c_out * taps;
-  const int64_t tile = shape.w * (round_up(shape.c_out, set_.lanes) / set_.lanes) * taps;
+  const int64_t tile = shape.w * divide_up(shape.c_out, set_.lanes) * taps;
   // Rows to pixels, as if an element were a third of a multiply-add: 1-20 5x5 on 28x28, where both are near, takes 1.12 times as
   // long by tiles.
   return plane + shape.w * shape.c_out / 3 < tile;
@@ -115,7 +115,7 @@ PlanBuilder::Choice PlanBuilder::choose(const std::string& op, bool is_bf16, siz
                                         int64_t out, std::vector<int> (*split)(int, int, const int*)) const {
   Choice choice{preferred, {}, ""};
   if (const cpu::KernelRow* const wanted = wanted_row(op, index)) choice.vectors = wanted->vectors;
-  const int vectors = static_cast<int>((out + set_.lanes - 1) / set_.lanes);
+  const int vectors = static_cast<int>(divide_up(out, set_.lanes));
   choice.panels = split(vectors, choice.vectors, max_rows);
   choice.vectors = *std::max_element(choice.panels.begin(), choice.panels.end());
   choice.kernel = op + (is_bf16 ? std::string("_bf16__") + options_.bf16->isa : std::string("_f32__") + set_.isa) + "_" +

@@ -105,7 +105,7 @@ size_t PlanBuilder::first_wide_step(const std::vector<StepSpec>& steps) const {
     const int64_t bytes = uses_bf16_[i] ? 2 : static_cast<int64_t>(sizeof(float));
     const int64_t weights = points * shape.c_in * shape.c_out * bytes;
     const int64_t side = uses_winograd_[i] ? cpu::kWinogradPatch + 1 - shape.window.k_h : 1;
-    const int64_t rows = ((shape.h + side - 1) / side) * ((shape.w + side - 1) / side);
+    const int64_t rows = divide_up(shape.h, side) * divide_up(shape.w, side);
     if (weights > kFarWeightBytes && rows < (weights > kFarthestWeightBytes ? kFarthestRows : kFarRows)) return i;
   }
   return uses_winograd_.size();

@@ -65,7 +65,7 @@ Scale make_scale(const StepSpec& spec, int64_t channels, const cpu::KernelSet& s
   if ((spec.weight || spec.bias) && spec.out != channels) throw Refusal(spec.name + " expects another number of channels");
   Scale scale;
   scale.kernel = set.scale_rows;
-  const size_t lanes = static_cast<size_t>((channels + set.lanes - 1) / set.lanes * set.lanes);
+  const size_t lanes = static_cast<size_t>(round_up(channels, set.lanes));
   scale.scale.assign(lanes, spec.weight ? 0.0f : 1.0f), scale.shift.assign(lanes, spec.bias ? 0.0f : -0.0f);
   if (spec.weight) std::copy(spec.weight, spec.weight + channels, scale.scale.begin());
   if (spec.bias) std::copy(spec.bias, spec.bias + channels, scale.shift.begin());

@@ -47,7 +47,7 @@ void Executor::run_linear(const LinearStep& step, const float* src, float* dst, 
   const cpu::TileTable& table = tiles(step.is_bf16);
   int32_t src_offset[kRowBlock], dst_offset[kRowBlock];
   const int64_t blocks = block_count(rows, kRowBlock, 1);
-  const int64_t most = (rows + blocks - 1) / blocks;
+  const int64_t most = divide_up(rows, blocks);
   for (int64_t i = 0; i < most; ++i) {
     src_offset[i] = static_cast<int32_t>(i * step.src_stride);
     dst_offset[i] = static_cast<int32_t>(i * step.dst_stride);

@@ -26,7 +26,7 @@ bool has_nan(const float* values, int64_t count) {
 
 // `rows` rows through products of nearly equal height.
 void run_products(const cpu::KernelSet& set, int vectors, cpu::ProductJob job, int64_t rows) {
-  const int64_t blocks = (rows + set.product_rows[vectors] - 1) / set.product_rows[vectors];
+  const int64_t blocks = divide_up(rows, set.product_rows[vectors]);
   const int64_t size = rows / blocks, larger = rows % blocks;
   if (larger) {
     set.product[vectors][size + 1](job, larger);
@@ -39,7 +39,7 @@ void run_products(const cpu::KernelSet& set, int vectors, cpu::ProductJob job, i
 // Blocks of rows [first, last) and of channels, of as many numbers as `room` has: a few vectors of pixels, then whole channels.
 template <typename Function>
 void for_staged(int64_t room, const Map& map, int64_t first, int64_t last, const Function& function) {
-  const int64_t block = std::min(last - first, (kStagedPixels + map.w - 1) / map.w);
+  const int64_t block = std::min(last - first, divide_up(kStagedPixels, map.w));
   int64_t most = room / (block * map.w);
   if (most < map.channels) most = most / 8 * 8;  // of the blocks that are transposed
   assert(block > 0 && most > 0);
@@ -53,7 +53,7 @@ void for_staged(int64_t room, const Map& map, int64_t first, int64_t last, const
 // The caller's pixels lie close together; everywhere else there is room for whole vectors.
 int64_t Executor::lanes_of(const Map& map) const {
   if (map.place == Map::Place::kCallerDst) return map.channels;
-  return (map.channels + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes;
+  return round_up(map.channels, kernels_.lanes);
 }
 
 const float* Executor::source(const Map& map, const Workspace& at) const {
@@ -196,7 +196,7 @@ void Executor::make_rows(const SpatialStep& step, const Workspace& at, int64_t f
   if (!step.has_pool || step.pools_in_registers) {
     if (step.winograd) {
       const int64_t rows = step.winograd.band_rows;
-      run_winograd(step, &at, 1, step.dst, step.lower, first / rows, (last + rows - 1) / rows, {}, at.scratch);
+      run_winograd(step, &at, 1, step.dst, step.lower, first / rows, divide_up(last, rows), {}, at.scratch);
     } else {
       conv_rows(step, at, step.dst, step.lower, first, last, {});
     }
@@ -211,7 +211,7 @@ void Executor::make_rows(const SpatialStep& step, const Workspace& at, int64_t f
     made = std::max(made, begin_conv);
     if (step.winograd) {
       const int64_t rows = step.winograd.band_rows;
-      run_winograd(step, &at, 1, step.ring, kNoLower, made / rows, (end_conv + rows - 1) / rows, {}, at.scratch);
+      run_winograd(step, &at, 1, step.ring, kNoLower, made / rows, divide_up(end_conv, rows), {}, at.scratch);
     } else if (made < end_conv) {
       conv_rows(step, at, step.ring, kNoLower, made, end_conv, {});
     }
@@ -423,13 +423,13 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
   // Of rows or columns phase, phase + step, ... the one that a tile begins with, and how many of its are an earlier tile's: the last
   // tile is moved back inside.
   const auto begin_of = [&](int64_t length, int64_t tile, int64_t phase, int64_t step_between, int32_t& skip) {
-    const int64_t count = (length - phase + step_between - 1) / step_between, wanted = tile * w.side;
+    const int64_t count = divide_up(length - phase, step_between), wanted = tile * w.side;
     const int64_t index = std::min(wanted, count - w.side);
     skip = static_cast<int32_t>(wanted - index);
     return phase + index * step_between;
   };
 
-  const int64_t groups = (total + w.group - 1) / w.group;
+  const int64_t groups = divide_up(total, w.group);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = total * g / groups, count = total * (g + 1) / groups - begin;
     for (int64_t t = 0; t < count; ++t) {

@@ -16,7 +16,8 @@ struct Refusal : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+inline int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
 
 struct Window {
   int64_t k_h = 1, k_w = 1;

@@ -25,8 +25,6 @@ constexpr int64_t kLongestChain = 24, kChainsOfGroup = 5;
 // A stride of a multiple of 4 KiB would put all points of a tile in the same few cache sets.
 constexpr int64_t kStridePad = 16;
 
-int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 int64_t results_per_side(const Window& window) { return kPatch + 1 - window.k_h; }
 
 bool has_few_channels(const ConvShape& shape) {
@@ -74,12 +72,12 @@ bool has_transforms(const ConvShape& shape) {
 }
 
 int64_t bands_of(const ConvShape& shape) {
-  return ceil_div(ceil_div(shape.h, shape.window.dilation_h), results_per_side(shape.window));
+  return divide_up(divide_up(shape.h, shape.window.dilation_h), results_per_side(shape.window));
 }
 
 int64_t tiles_across(const ConvShape& shape) {
   const int64_t dilation = shape.window.dilation_w;
-  return dilation * ceil_div(ceil_div(shape.w, dilation), results_per_side(shape.window));
+  return dilation * divide_up(divide_up(shape.w, dilation), results_per_side(shape.window));
 }
 
 }  // namespace
@@ -106,14 +104,14 @@ double winograd_time(const ConvPart& part, bool has_few_channels) {
   if (has_few_channels)
     return products + tiles * (kFewInputCost + out_vectors * (part.lanes < kMostLanes ? kFewSpilledOutputCost : kFewOutputCost));
   const double stream = kPoints * c_in * out_vectors * part.lanes / kStreamFloats;
-  const double in_vectors = static_cast<double>(ceil_div(part.c_in, part.lanes));
+  const double in_vectors = static_cast<double>(divide_up(part.c_in, part.lanes));
   return std::max(products, stream) + tiles * (in_vectors * kInputCost + out_vectors * kOutputCost);
 }
 
 bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set, double direct_speed) {
   if (!has_transforms(shape)) return false;
   const int64_t taps = shape.window.k_h * shape.window.k_w;
-  const int64_t out_vectors = ceil_div(shape.c_out, set.lanes);
+  const int64_t out_vectors = divide_up(shape.c_out, set.lanes);
   const ConvPart pixels{shape.h * shape.w, shape.c_in, taps, out_vectors, set.lanes};
   const int64_t count = bands_of(shape) * shape.window.dilation_h * tiles_across(shape);
   const ConvPart tiles{count, shape.c_in, taps, out_vectors, set.lanes};
@@ -128,13 +126,13 @@ Winograd plan_winograd(const ConvShape& shape, int panel_vectors, const cpu::Ker
   plan.bands = bands_of(shape), plan.band_rows = plan.side * shape.window.dilation_h;
   plan.tiles_x = tiles_across(shape);
 
-  plan.chain = static_cast<int32_t>(ceil_div(shape.c_in, ceil_div(shape.c_in, kLongestChain)));
+  plan.chain = static_cast<int32_t>(divide_up(shape.c_in, divide_up(shape.c_in, kLongestChain)));
   plan.chain_group = static_cast<int32_t>(kChainsOfGroup) * plan.chain;
 
   const int64_t floats = kPoints * shape.c_in * shape.c_out;
   const int64_t wanted = floats > kLargeWeightFloats ? kLargeGroup : kSmallGroup;
   const int64_t tiles = plan.bands * plan.band_tiles();
-  plan.group = std::min(kMostGroupTiles, ceil_div(tiles, ceil_div(tiles, wanted)));
+  plan.group = std::min(kMostGroupTiles, divide_up(tiles, divide_up(tiles, wanted)));
   // Few tiles in an image: groups span images.
   if (tiles < wanted) plan.group = wanted;
 

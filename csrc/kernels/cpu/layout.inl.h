@@ -55,12 +55,14 @@ static FASTSEQ_INLINE void interleave_planes(const float* src, int64_t src_strid
     for (int64_t c = 0; c < planes; ++c) dst[i * planes + c] = plane[c][i];
 }
 
+static FASTSEQ_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Eight columns of dst from row i to row `end`, in blocks, none beyond last_row: that one overlaps the one before instead of leaving a
 // scalar tail; it writes the same values again.
 static FASTSEQ_INLINE void transpose_columns(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t i,
                                              int64_t end, int64_t rows, int64_t last_row) {
   for (; i < end; i += 8) {
-    const int64_t row = std::min(i, last_row);
+    const int64_t row = smaller(i, last_row);
     Vec8 block[8];
 #pragma GCC unroll 8
     for (int n = 0; n < 8; ++n) block[n] = *reinterpret_cast<const Vec8U*>(src + n * src_stride + row);
@@ -97,8 +99,9 @@ static void transpose(const TransposeJob& job) {
   constexpr int64_t kLine = 16, kSmallPlane = 1024;
   const int64_t src_stride = job.src_stride, dst_stride = job.dst_stride, rows = job.rows, columns = job.columns;
   const int64_t last_row = job.can_overread ? rows : rows - 8;
-  const int64_t stride = std::max(src_stride, dst_stride);
-  const bool shares_sets = stride % 512 == 0, writes_planes = dst_stride > src_stride;
+    const bool writes_planes = dst_stride > src_stride;
+  const int64_t stride = writes_planes ? dst_stride : src_stride;
+  const bool shares_sets = stride % 512 == 0;
   const bool is_small = writes_planes && stride < kSmallPlane && !shares_sets;
   const int64_t planes = is_small ? rows : shares_sets ? 8 : kLine;
   for (int64_t first = 0; first < (writes_planes ? rows : columns); first += planes)
@@ -106,20 +109,20 @@ static void transpose(const TransposeJob& job) {
       const float* const src = job.src + m * job.src_step;
       float* const dst = job.dst + m * job.dst_step;
       if (writes_planes) {
-        const int64_t end = std::min(first + planes, rows);
+        const int64_t end = smaller(first + planes, rows);
         for (int64_t j = 0; j < columns; j += 8) {
           if (!is_small && j % kLine == 0)
             for (int64_t i = first; i < end; ++i) __builtin_prefetch(dst + i * dst_stride + j + kLine, 1);
-          const int64_t column = std::min(j, columns - 8);
+          const int64_t column = smaller(j, columns - 8);
           transpose_columns(src + column * src_stride, src_stride, dst + column, dst_stride, first, end, rows, last_row);
         }
       } else {
-        const int64_t end = std::min(first + planes, columns);
+        const int64_t end = smaller(first + planes, columns);
         for (int64_t i = 0; i < rows; i += kLine) {
           for (int64_t j = first; j < end; ++j) __builtin_prefetch(src + j * src_stride + i + kLine);
           for (int64_t j = first; j < end; j += 8) {
-            const int64_t column = std::min(j, columns - 8);
-            transpose_columns(src + column * src_stride, src_stride, dst + column, dst_stride, i, std::min(i + kLine, rows),
+            const int64_t column = smaller(j, columns - 8);
+            transpose_columns(src + column * src_stride, src_stride, dst + column, dst_stride, i, smaller(i + kLine, rows),
                               rows, last_row);
           }
         }

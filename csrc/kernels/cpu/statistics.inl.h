@@ -1,4 +1,4 @@
-// layernorm of rows; of groupnorm the moments of each channel, and pixels brought to what the plan makes of those.
+// layernorm of rows; of groupnorm the moments of each channel.
 // A mean is rounded, and squares of what is far from it lose digits: it is taken twice, of the numbers and of their differences
 // from the first, so that a row far from 0 has an exact mean and variance. Shares are added rather than numbers, so that no sum is
 // larger than what it stands for.
@@ -26,19 +26,6 @@ static void layer_norm_rows(const ScaleJob& job, double eps) {
       const int64_t left = job.lanes - lane;
       const Vec normal = ((load_row(src + lane, left, job.can_overread, center) - center) - rest) * inverse;
       store_row(dst + lane, clamp_below(normal * load(job.scale + lane) + load(job.shift + lane), lower), left);
-    }
-  }
-}
-
-static void centered_rows(const ScaleJob& job, const float* center) {
-  const Vec lower = splat(job.lower);
-  for (int64_t row = 0; row < job.rows; ++row) {
-    const float* const src = job.src + row * job.src_stride;
-    float* const dst = job.dst + row * job.dst_stride;
-    for (int64_t lane = 0; lane < job.lanes; lane += kLanes) {
-      const int left = static_cast<int>(job.lanes - lane < kLanes ? job.lanes - lane : kLanes);
-      const Vec difference = load_channels(src + lane, left, job.can_overread) - load(center + lane);
-      store_row(dst + lane, clamp_below(difference * load(job.scale + lane) + load(job.shift + lane), lower), left);
     }
   }
 }
