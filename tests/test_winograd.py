@@ -110,6 +110,47 @@ def test_all_sizes_of_maps(forced: str, k: int) -> None:
                 assert_matches(run_fused(pooled, x), pooled, x, largest_factor=WINOGRAD_LARGEST)
 
 
+# c_in, c_out, kernel, groups: whole vectors, tails of them, panels that end inside a vector, other numbers of inputs.
+GROUPED = [(32, 32, 3, 2), (48, 72, 3, 4), (40, 66, 3, 2), (34, 34, 5, 2), (60, 100, 3, 5), (99, 51, 3, 3)]
+
+
+def grouped(shape: tuple[int, int, int, int], *after: nn.Module, relu: bool = True, **options: Any) -> nn.Sequential:
+    c_in, c_out, k, groups = shape
+    layer = nn.Conv2d(c_in, c_out, k, padding=k // 2, groups=groups, **options)
+    return nn.Sequential(layer, *([nn.ReLU()] if relu else []), *after).eval()
+
+
+@each_isa
+@pytest.mark.parametrize("pool", [*POOLS, "act"])
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+def test_groups(forced: str, shape: tuple[int, int, int, int], pool: str) -> None:
+    model = grouped(shape, *(POOLS[pool] if pool != "act" else (nn.Conv2d(shape[1], 5, 1), nn.SiLU())), relu=pool != "act")
+    if pool == "act":
+        model.insert(1, nn.PReLU(shape[1]))
+    fused = fastseq.optimize(model)
+    for batch, memory_format in ((1, torch.contiguous_format), (3, torch.channels_last)):
+        x = torch.randn(batch, shape[0], 11, 9).to(memory_format=memory_format)
+        with torch.no_grad():
+            assert_matches(fused(x), model, x, largest_factor=WINOGRAD_LARGEST)
+    assert_was_fused(fused)
+    assert uses_winograd(fused)
+
+
+@each_isa
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+def test_groups_bits_and_special_values(forced: str, shape: tuple[int, int, int, int]) -> None:
+    behind = fastseq.optimize(grouped(shape, nn.MaxPool2d(3, 2), nn.Conv2d(shape[1], 64, 1)))
+    assert_same_bits_however_called(behind, torch.randn(9, shape[0], 10, 12))
+    model = grouped(shape, relu=False, dilation=2)
+    fused = fastseq.optimize(model)
+    for value in SPECIAL:
+        x = torch.randn(3, shape[0], 13, 12)
+        x[0, 0, 0, 0], x[1, -1, -1, -1], x[2, shape[0] // 2, 6, 5] = value, value, value
+        with torch.no_grad():
+            assert_matches(fused(x), model, x, largest_factor=WINOGRAD_LARGEST)
+    assert uses_winograd(behind) and uses_winograd(fused)
+
+
 # c_in, c_out, kernel, padding, dilation, h, w: rows and columns of every phase that fill tiles, share one, or leave it to others.
 DILATED = [
     (16, 20, 3, 2, 2, 13, 12),

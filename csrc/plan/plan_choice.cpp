@@ -37,7 +37,7 @@ std::string PlanBuilder::note(size_t index) const {
 
 ConvShape PlanBuilder::conv_shape(const StepSpec& spec, size_t index) const {
   const MapSize full = conv_sizes_[index], dst = sizes_[index + 1];
-  ConvShape shape{spec.in, spec.out, full.h, full.w, spec.conv, false};
+  ConvShape shape{spec.in, spec.out, spec.groups, full.h, full.w, spec.conv, false};
   if (spec.has_pool) {
     const Window& w = spec.pool;
     shape.h = std::min(full.h, (dst.h - 1) * w.stride_h - w.pad_top + w.reach_h());
@@ -50,7 +50,7 @@ ConvShape PlanBuilder::conv_shape(const StepSpec& spec, size_t index) const {
 }
 
 bool PlanBuilder::uses_winograd(const StepSpec& spec, size_t index) const {
-  if (spec.op != Op::kConv2d || !options_.allows_winograd || spec.groups > 1) return false;
+  if (spec.op != Op::kConv2d || !options_.allows_winograd || uses_depthwise(spec, index)) return false;
   const ConvShape shape = conv_shape(spec, index);
   const bool asks_for_direct = wanted_row(shape.pools_in_registers ? "conv2d_maxpool2d" : "conv2d", index) != nullptr;
   const bool asks_for_winograd = wanted_row("conv2d_winograd", index) != nullptr;

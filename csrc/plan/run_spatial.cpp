@@ -495,15 +495,16 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
       const int64_t width = panel.vectors * kernels_.lanes;
       const int64_t m_stride = count * width + 16;
       for (int64_t point = 0; point < cpu::kWinogradPoints; ++point) {
-        const float* const u = weights.weight->data() + panel.weight_offset + point * step.src.channels * width;
+        const float* const u = weights.weight->data() + panel.weight_offset + point * step.terms * width;
         run_products(kernels_, panel.vectors,
-                     {v + point * w.v_point_stride, w.v_tile_stride, u, in.channels, w.chain, w.chain_group, m + point * m_stride},
+                     {v + point * w.v_point_stride + panel.first_channel, w.v_tile_stride, u, static_cast<int32_t>(step.terms),
+                      w.chain, w.chain_group, m + point * m_stride},
                      count);
       }
       out.src = m, out.src_point_stride = m_stride, out.src_tile_stride = width;
       out.bias = weights.bias->data() + panel.first_lane;
       out.first_lane = panel.first_lane;
-      out.lanes = static_cast<int32_t>(std::min(width, room - panel.first_lane));
+      out.lanes = static_cast<int32_t>(std::min<int64_t>(panel.lanes, room - panel.first_lane));
       kernels_.winograd_output[w.out == 2][step.pools_in_registers](out);
       mend(panel.first_lane, panel.first_lane + out.lanes);
       activate_tiles(panel.first_lane, panel.first_lane + out.lanes);
@@ -530,7 +531,8 @@ void Executor::run_tile_directly(const SpatialStep& step, const Workspace& at, f
   if (count == 0) return;
   for (const Panel& panel : step.weights->panels) {
     const int64_t width = panel.vectors * kernels_.lanes;
-    const int64_t begin = std::max<int64_t>(panel.first_lane, first_lane), end = std::min(panel.first_lane + width, end_lane);
+    const int64_t begin = std::max<int64_t>(panel.first_lane, first_lane);
+    const int64_t end = std::min<int64_t>(panel.first_lane + panel.lanes, end_lane);
     if (begin >= end) continue;
     for (int64_t i = 0; i < count; ++i) buffer_offset[i] = static_cast<int32_t>(i * width);
     cpu::TileJob job = conv_job(step, at, lower, panel, row * scale, column * scale);

@@ -28,7 +28,7 @@ constexpr int64_t kStridePad = 16;
 int64_t results_per_side(const Window& window) { return kPatch + 1 - window.k_h; }
 
 bool has_few_channels(const ConvShape& shape) {
-  return shape.c_in <= cpu::kMostSmallChannels && results_per_side(shape.window) == 4;
+  return shape.groups == 1 && shape.c_in <= cpu::kMostSmallChannels && results_per_side(shape.window) == 4;
 }
 
 // Powers of the points, divided by what Lagrange interpolation divides them by: the rows of G.
@@ -104,17 +104,17 @@ double winograd_time(const ConvPart& part, bool has_few_channels) {
   if (has_few_channels)
     return products + tiles * (kFewInputCost + out_vectors * (part.lanes < kMostLanes ? kFewSpilledOutputCost : kFewOutputCost));
   const double stream = kPoints * c_in * out_vectors * part.lanes / kStreamFloats;
-  const double in_vectors = static_cast<double>(divide_up(part.c_in, part.lanes));
+  const double in_vectors = static_cast<double>(divide_up(part.c_in * part.groups, part.lanes));
   return std::max(products, stream) + tiles * (in_vectors * kInputCost + out_vectors * kOutputCost);
 }
 
 bool is_winograd_faster(const ConvShape& shape, const cpu::KernelSet& set, double direct_speed) {
   if (!has_transforms(shape)) return false;
   const int64_t taps = shape.window.k_h * shape.window.k_w;
-  const int64_t out_vectors = divide_up(shape.c_out, set.lanes);
-  const ConvPart pixels{shape.h * shape.w, shape.c_in, taps, out_vectors, set.lanes};
+  const int64_t out_vectors = shape.groups * divide_up(shape.c_out / shape.groups, set.lanes);
+  const ConvPart pixels{shape.h * shape.w, shape.c_in, taps, out_vectors, set.lanes, shape.groups};
   const int64_t count = bands_of(shape) * shape.window.dilation_h * tiles_across(shape);
-  const ConvPart tiles{count, shape.c_in, taps, out_vectors, set.lanes};
+  const ConvPart tiles{count, shape.c_in, taps, out_vectors, set.lanes, shape.groups};
   return winograd_time(tiles, has_few_channels(shape)) < direct_time(pixels) / direct_speed;
 }
 
@@ -144,7 +144,7 @@ Winograd plan_winograd(const ConvShape& shape, int panel_vectors, const cpu::Ker
     plan.m_offset = v_floats;
     plan.poison_offset = v_floats;
   } else {
-    plan.v_tile_stride = round_up(shape.c_in, set.lanes);
+    plan.v_tile_stride = round_up(shape.c_in * shape.groups, set.lanes);
     plan.v_point_stride = plan.group * plan.v_tile_stride;
     if (plan.v_point_stride % 64 == 0) plan.v_point_stride += kStridePad;
     v_floats = kPoints * plan.v_point_stride;
@@ -172,7 +172,7 @@ PackedPtr pack_winograd(const StepSpec& spec, const std::vector<int>& panels, in
         for (int64_t first = 0; first < width; first += lanes) {
           const int64_t out = panel.first_lane + first;
           const float* const src = spec.weight + (out * c_in + c) * kernel;
-          const int64_t filled = std::min<int64_t>(lanes, spec.out - out);
+          const int64_t filled = std::min({int64_t{lanes}, panel.lanes - first, spec.out - out});
           if (has_few_channels) {
             transform_weights(g, taps, src, c_in * kernel, filled, dst + first * kPoints * c_in + c * lanes, c_in * lanes, lanes);
           } else {

@@ -38,7 +38,8 @@ struct Winograd {
 constexpr int64_t kMostGroupTiles = 56;
 
 struct ConvShape {
-  int64_t c_in, c_out;
+  int64_t c_in, c_out;  // c_in: of a group
+  int64_t groups;
   int64_t h, w;  // of the convolution, as far as it is computed
   Window window;
   bool pools_in_registers;
@@ -47,9 +48,10 @@ struct ConvShape {
 // One thread's part of a convolution: all input channels of some tiles (or pixels) and vectors of output channels.
 struct ConvPart {
   int64_t places;      // tiles; pixels where it is direct
-  int64_t c_in, taps;  // taps: of a direct one
+  int64_t c_in, taps;  // c_in: that each output has; taps: of a direct one
   int64_t out_vectors;
   int lanes;
+  int64_t groups = 1;
 };
 
 // Estimates in fused multiply-adds of one vector.

@@ -216,6 +216,11 @@ std::vector<Network> networks_of_groups() {
   add(Network("groups of four channels", 24, 10, 9).grouped(24, 3, 6, 1, 1).relu().pool(2, 2).grouped(12, 3, 6));
   add(Network("groups of many channels, PReLU", 42, 9, 8).grouped(66, 3, 2, 1, 1).prelu(66, -0.5f).pool(2, 2));
   add(Network("groups of 17 and 20 channels, 3x3 pool", 34, 9, 8).grouped(40, 3, 2, 2, 1).relu().pool(3, 2, 1));
+  add(Network("groups of 16 and of 33 channels, dilation, two threads", 66, 17, 16)
+          .grouped(96, 3, 2, 1, 2, 2)
+          .relu()
+          .grouped(96, 3, 6, 1, 1)
+          .act(A::kGelu));
   add(Network("groups with weights beyond the cache, SiLU", 128, 7, 7).grouped(134, 5, 2, 1, 2).act(A::kSilu));
   add(Network("more input than output channels in a group", 32, 6, 6).grouped(8, 3, 4, 1, 1));
   add(Network("dilation", 5, 14, 13).grouped(20, 3, 1, 1, 2, 2).relu().grouped(18, 3, 1, 1, 3, 3).pool(2, 2));
