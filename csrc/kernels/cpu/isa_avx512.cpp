@@ -6,6 +6,7 @@
 
 // gcc 12's own _mm512_mul_epu32 passes an undefined vector on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
 
 namespace fastseq::cpu {
