@@ -314,8 +314,9 @@ def test_finished_results_of_libraries(kind: str) -> None:
         x.view(-1)[7] = torch.inf
         fused = fastseq.optimize(model)
         with torch.no_grad():
-            actual, eager = fused(x), model(x)
-            torch.testing.assert_close(actual.isnan(), eager.isnan())
+            # Not against eager's float32 on the CPU, for which GELU of inf is NaN in some memory formats.
+            actual, exact = fused(x), copy.deepcopy(model).double()(x.double())
+            torch.testing.assert_close(actual.isnan(), exact.isnan())
             assert_right(kind, model, x.nan_to_num(0, 0, 0), fused(x.nan_to_num(0, 0, 0)))
         assert_was_fused(fused)
         assert kernels_used(fused)[0].startswith(f"{kernel} + maxpool2d_")
