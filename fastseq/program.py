@@ -141,10 +141,10 @@ class TrialProgram(StepwiseProgram):
         seconds, eager_seconds = race(lambda: program.forward(module, input), lambda: run_eager(layers, input))
         if eager_seconds > (1 - WORTHWHILE) * seconds:
             return output
-        is_channels_last = input.dim() == 4 and not input.is_contiguous()
-        slower = Slower(
-            index, layers_text(layers), tuple(input.shape), input.dtype, is_channels_last, seconds, eager_seconds
-        )
+        is_channels_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        is_channels_last &= not input.is_contiguous()
+        text, sizes = layers_text(layers), tuple(input.shape)
+        slower = Slower(index, text, sizes, input.dtype, is_channels_last, seconds, eager_seconds)
         self.slower.append(slower)
         run.leave_to_eager(slower.example())
         return self._refused(str(slower))

@@ -263,6 +263,18 @@ def test_what_is_left_to_eager_goes_with_the_model_until_it_is_optimised_again()
 
 
 @pytest.mark.usefixtures("eager_wins")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_every_layout_is_known_again(layout: str) -> None:
+    x = torch.randn(2, 5, 14, 28)
+    x = {"contiguous": x, "channels_last": x.to(memory_format=torch.channels_last), "sliced": x[..., ::2]}[layout]
+    plain = nn.Sequential(nn.Conv2d(5, 8, 3), nn.ReLU()).eval()
+    fast = fastseq.optimize(plain, example_input=x)
+    with torch.no_grad():
+        assert torch.equal(fast(x), plain(x))
+    assert fastseq.stats(fast)["fallbacks"] == {REASON: 1}
+
+
+@pytest.mark.usefixtures("eager_wins")
 def test_runs_between_eager_layers_are_tried_each_by_itself() -> None:
     plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.RReLU(), nn.Linear(5, 4), nn.Tanh()).eval()
     x = torch.randn(3, 6)

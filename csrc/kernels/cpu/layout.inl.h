@@ -99,7 +99,7 @@ static void transpose(const TransposeJob& job) {
   constexpr int64_t kLine = 16, kSmallPlane = 1024;
   const int64_t src_stride = job.src_stride, dst_stride = job.dst_stride, rows = job.rows, columns = job.columns;
   const int64_t last_row = job.can_overread ? rows : rows - 8;
-    const bool writes_planes = dst_stride > src_stride;
+  const bool writes_planes = dst_stride > src_stride;
   const int64_t stride = writes_planes ? dst_stride : src_stride;
   const bool shares_sets = stride % 512 == 0;
   const bool is_small = writes_planes && stride < kSmallPlane && !shares_sets;
