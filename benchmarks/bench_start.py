@@ -87,15 +87,17 @@ def to_markdown(report: Report) -> str:
         "",
         f"`{machine['command']}`",
         "",
-        f"{machine['cpu']}, torch {machine['torch_version']}, commit {machine['commit']}, {machine['date']}. Medians in "
-        "milliseconds, each start in a new interpreter, the files in the system's cache. Warm-up is that of "
+        f"{machine['cpu']}, torch {machine['torch_version']}, commit {machine['commit']}, {machine['date']}. Medians "
+        "in milliseconds, each start in a new interpreter, the files in the system's cache. Warm-up is that of "
         "`fastseq.serving.Runner`; the model is built with random weights.",
         "",
-        *table_head(["case", "model", "threads", "largest batch", *TITLES, "beyond torch's import"], text_columns=2),
+        *table_head(["case", "model", "threads", "largest batch", *TITLES, "beyond torch"], text_columns=2),
     ]
     for row in report["rows"]:
         cells = [f"{1e3 * row[key]:.0f}" for key in (*PARTS, "beyond_torch_s")]
-        lines.append(f"| {row['case']} | {row['model']} | {row['threads']} | {row['max_batch']} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {row['case']} | {row['model']} | {row['threads']} | {row['max_batch']} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 

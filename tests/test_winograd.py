@@ -124,7 +124,9 @@ def grouped(shape: tuple[int, int, int, int], *after: nn.Module, relu: bool = Tr
 @pytest.mark.parametrize("pool", [*POOLS, "act"])
 @pytest.mark.parametrize("shape", GROUPED, ids=str)
 def test_groups(forced: str, shape: tuple[int, int, int, int], pool: str) -> None:
-    model = grouped(shape, *(POOLS[pool] if pool != "act" else (nn.Conv2d(shape[1], 5, 1), nn.SiLU())), relu=pool != "act")
+    model = grouped(
+        shape, *(POOLS[pool] if pool != "act" else (nn.Conv2d(shape[1], 5, 1), nn.SiLU())), relu=pool != "act"
+    )
     if pool == "act":
         model.insert(1, nn.PReLU(shape[1]))
     fused = fastseq.optimize(model)
@@ -151,7 +153,8 @@ def test_groups_bits_and_special_values(forced: str, shape: tuple[int, int, int,
     assert uses_winograd(behind) and uses_winograd(fused)
 
 
-# c_in, c_out, kernel, padding, dilation, h, w: rows and columns of every phase that fill tiles, share one, or leave it to others.
+# c_in, c_out, kernel, padding, dilation, h, w: rows and columns of each phase that fill tiles, share one, or leave it
+# to others.
 DILATED = [
     (16, 20, 3, 2, 2, 13, 12),
     (17, 33, 3, 3, 3, 17, 19),
@@ -204,9 +207,7 @@ def test_dilation_of_all_sizes_of_maps(forced: str, k: int, dilation: int) -> No
 @each_isa
 @pytest.mark.parametrize("shape", DILATED, ids=str)
 @pytest.mark.parametrize("pool", ["plain", "pool3s2"])
-def test_dilation_bits_do_not_depend_on_batch_threads_or_layout(
-    forced: str, shape: tuple[Any, ...], pool: str
-) -> None:
+def test_dilation_bits_do_not_depend_on_batch_threads_or_layout(forced: str, shape: tuple[Any, ...], pool: str) -> None:
     fused = fastseq.optimize(nn.Sequential(*dilated(shape, *POOLS[pool]), nn.Conv2d(shape[1], 64, 1)).eval())
     assert_same_bits_however_called(fused, torch.randn(9, shape[0], *shape[-2:]))
     assert uses_winograd(fused)

@@ -80,7 +80,7 @@ class NativeRun {
   CpuRun cpu_;
   CudaRun cuda_;
   std::vector<InputView> slower_;  // than eager
-  py::object load_;  // of hold(), none when there is none
+  py::object load_;                // of hold(), none when there is none
 
   enum class Held { kNo, kByOther, kByThis };
   Held held();

@@ -94,8 +94,8 @@ void run_in_place(const cpu::KernelSet& kernels, const LinearStep& step, const f
     // The weight's columns are channel by channel, the features lie pixel by pixel.
     float* const planes = lease.add(rows * step.k);
     for (int64_t row = 0; row < rows; ++row)
-      kernels.transpose({src + row * step.src_stride, step.pixel_pitch, planes + row * step.k, step.spatial,
-                         step.k / step.spatial, step.spatial, true});
+      kernels.transpose({src + row * step.src_stride, step.pixel_pitch, planes + row * step.k, step.spatial, step.k / step.spatial,
+                         step.spatial, true});
     task.src = planes, task.src_stride = step.k;
   }
   for (int64_t row = 0; row < rows;) {

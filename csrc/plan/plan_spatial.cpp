@@ -305,7 +305,8 @@ void PlanBuilder::make_depthwise(SpatialStep& step, const StepSpec& spec, size_t
 void PlanBuilder::make_winograd(SpatialStep& step, const StepSpec& spec, size_t index, const ConvShape& shape) {
   // The weights of one point and panel pass through L1 with the rows they meet: with more channels a panel is narrower.
   const int preferred = spec.in < kDeepChannels ? set_.tiles.preferred_vectors : std::min(set_.tiles.preferred_vectors, 3);
-  const Choice choice = choose("conv2d_winograd", false, index, set_.product_rows, preferred, spec.out / spec.groups, spread_vectors);
+  const Choice choice =
+      choose("conv2d_winograd", false, index, set_.product_rows, preferred, spec.out / spec.groups, spread_vectors);
   step.winograd = plan_winograd(shape, choice.vectors, set_);
   const bool is_small = step.winograd.has_few_channels;
   PackedPtr& packed = cache_[{number(index), choice.vectors, kPackedWinograd}];

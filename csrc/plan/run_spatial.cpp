@@ -145,8 +145,8 @@ void Executor::widen_input(const Workspace& at, int64_t first, int64_t last) con
   for_staged(plan_.staged_floats_, to, first, last, [&](int64_t row, int64_t rows, int64_t channel, int64_t channels) {
     const int64_t length = rows * to.w;
     widen({src + channel * plane + row * to.w, at.scratch, channels, length, plane, length});
-    kernels_.transpose({at.scratch, length, dst + row * to.row_stride + channel, to.pitch, to.w, channels, true, rows, to.w,
-                        to.row_stride});
+    kernels_.transpose(
+        {at.scratch, length, dst + row * to.row_stride + channel, to.pitch, to.w, channels, true, rows, to.w, to.row_stride});
   });
 }
 
@@ -420,8 +420,8 @@ void Executor::run_winograd(const SpatialStep& step, const Workspace* images, in
   int64_t image = 0, tile_row = first * dilation_h, x = 0;  // of the next tile
   const float* src[kMostGroupTiles];
   cpu::WinogradTile tiles[kMostGroupTiles];
-  // Of rows or columns phase, phase + step, ... the one that a tile begins with, and how many of its are an earlier tile's: the last
-  // tile is moved back inside.
+  // Of rows or columns phase, phase + step, ... the one that a tile begins with, and how many of its are an earlier tile's: the
+  // last tile is moved back inside.
   const auto begin_of = [&](int64_t length, int64_t tile, int64_t phase, int64_t step_between, int32_t& skip) {
     const int64_t count = divide_up(length - phase, step_between), wanted = tile * w.side;
     const int64_t index = std::min(wanted, count - w.side);

@@ -16,8 +16,8 @@ struct Winograd {
   int64_t out = 0;   // results of a tile and side: 4 for 3x3, 2 for 5x5
   int64_t side = 0;  // the same after pooling in registers
   bool has_few_channels = false;
-  // A tile of a dilated convolution has every so-manieth row and column. The tiles that a row is in are those of a band: side times the
-  // dilation rows of the result, and as many rows of tiles as the dilation.
+  // A tile of a dilated convolution has every so-manieth row and column. The tiles that a row is in are those of a band: side times
+  // the dilation rows of the result, and as many rows of tiles as the dilation.
   int64_t bands = 0, band_rows = 0;
   int64_t tiles_x = 0;                 // tiles in a row of them
   int64_t group = 0;                   // tiles that go through all three phases together

@@ -230,7 +230,10 @@ std::vector<Network> networks_of_groups() {
           .pool(3, 2)
           .grouped(20, 3, 1, 1, 3, 3)
           .act(A::kSilu));
-  add(Network("dilation, 5x5 and few channels, two threads", 4, 25, 26).grouped(40, 3, 1, 1, 3, 3).relu().grouped(24, 5, 1, 1, 4, 2));
+  add(Network("dilation, 5x5 and few channels, two threads", 4, 25, 26)
+          .grouped(40, 3, 1, 1, 3, 3)
+          .relu()
+          .grouped(24, 5, 1, 1, 4, 2));
   add(Network("NaN and infinities, dilation of many channels", 16, 13, 13).grouped(20, 3, 1, 1, 2, 2).relu().special());
   add(Network("dilation of one channel", 1, 14, 13).grouped(6, 5, 1, 1, 0, 2).relu());
   add(Network("NaN and infinities, depthwise", 19, 9, 9).grouped(19, 3, 19, 1, 1).relu().grouped(38, 3, 19, 2, 1).special());

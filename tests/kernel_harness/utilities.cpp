@@ -24,8 +24,7 @@ void check_transpose(const KernelSet& set, Transpose transpose, Random& random) 
         transpose({src.data(), src_stride, dst.data(), dst_stride, rows, cols, can_overread, count, src_step, dst_step});
         for (int64_t m = 0; m < count; ++m)
           for (int64_t i = 0; i < rows; ++i)
-            for (int64_t j = 0; j < cols; ++j)
-              wanted[m * dst_step + i * dst_stride + j] = src[m * src_step + j * src_stride + i];
+            for (int64_t j = 0; j < cols; ++j) wanted[m * dst_step + i * dst_stride + j] = src[m * src_step + j * src_stride + i];
         expect_same(dst, wanted, text("%s transpose to %dx%d", set.isa, static_cast<int>(rows), static_cast<int>(cols)));
       }
 }

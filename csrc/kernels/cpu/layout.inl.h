@@ -57,8 +57,8 @@ static FASTSEQ_INLINE void interleave_planes(const float* src, int64_t src_strid
 
 static FASTSEQ_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Eight columns of dst from row i to row `end`, in blocks, none beyond last_row: that one overlaps the one before instead of leaving a
-// scalar tail; it writes the same values again.
+// Eight columns of dst from row i to row `end`, in blocks, none beyond last_row: that one overlaps the one before instead of
+// leaving a scalar tail; it writes the same values again.
 static FASTSEQ_INLINE void transpose_columns(const float* src, int64_t src_stride, float* dst, int64_t dst_stride, int64_t i,
                                              int64_t end, int64_t rows, int64_t last_row) {
   for (; i < end; i += 8) {
@@ -122,8 +122,8 @@ static void transpose(const TransposeJob& job) {
           for (int64_t j = first; j < end; ++j) __builtin_prefetch(src + j * src_stride + i + kLine);
           for (int64_t j = first; j < end; j += 8) {
             const int64_t column = smaller(j, columns - 8);
-            transpose_columns(src + column * src_stride, src_stride, dst + column, dst_stride, i, smaller(i + kLine, rows),
-                              rows, last_row);
+            transpose_columns(src + column * src_stride, src_stride, dst + column, dst_stride, i, smaller(i + kLine, rows), rows,
+                              last_row);
           }
         }
       }
