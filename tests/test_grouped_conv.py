@@ -170,10 +170,12 @@ def test_all_kernels_give_the_same(isa: str, layer: Callable[[], nn.Conv2d], mon
         (lambda: depthwise(64), "conv2d_depthwise"),
         (lambda: depthwise(16, factor=2), "conv2d_grouped"),
         (lambda: nn.Conv2d(64, 64, 3, groups=16), "conv2d_grouped"),
-        (lambda: nn.Conv2d(64, 64, 3, groups=2), "conv2d"),
+        (lambda: nn.Conv2d(64, 64, 3, groups=2), "conv2d_winograd"),
+        (lambda: nn.Conv2d(64, 64, 3, 2, groups=2), "conv2d"),
+        (lambda: nn.Conv2d(64, 64, 3, padding=2, dilation=2), "conv2d_winograd"),
         (lambda: nn.Conv2d(64, 64, 3, dilation=2), "conv2d"),
     ],
-    ids=["depthwise", "multiplied", "small groups", "large groups", "dilation"],
+    ids=["depthwise", "multiplied", "small groups", "large groups", "with stride", "dilation", "no tile of it"],
 )
 def test_kernel_that_is_chosen(layer: Callable[[], nn.Conv2d], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_kernels(monkeypatch, "emulated512")
