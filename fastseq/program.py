@@ -118,7 +118,7 @@ class Slower(NamedTuple):
 
     def __str__(self) -> str:
         sizes = "x".join(map(str, self.sizes))
-        return f"left to eager for {sizes}: {1e6 * self.eager_seconds:.3g} us there, {1e6 * self.seconds:.3g} us here"
+        return f"left to eager for {sizes}: {1e6 * self.eager_seconds:.1f} us there, {1e6 * self.seconds:.1f} us here"
 
 
 def layers_text(layers: Iterable[Any]) -> str:

@@ -236,7 +236,7 @@ def test_a_run_that_is_slower_than_eager_is_left_to_it_and_explain_says_so() -> 
         report = fastseq.explain(fast, x)
         assert REASON in str(report)
         first, *others = steps(fast, x)
-        assert first["note"] == "left to eager for 2x5x14x14: 1e+03 us there, 2e+03 us here"
+        assert first["note"] == "left to eager for 2x5x14x14: 1000.0 us there, 2000.0 us here"
         assert not any("left to eager" in step["note"] for step in others)
         # Of another batch, size, dtype or memory format nothing is known.
         fastseq.reset_stats(fast)
