@@ -118,7 +118,8 @@ class Slower(NamedTuple):
 
     def __str__(self) -> str:
         sizes = "x".join(map(str, self.sizes))
-        return f"left to eager for {sizes}: {1e6 * self.eager_seconds:.1f} us there, {1e6 * self.seconds:.1f} us here"
+        eager_us, us = 1e6 * self.eager_seconds, 1e6 * self.seconds
+        return f"left to eager for {sizes}: {eager_us:.1f} us there, {us:.1f} us here"
 
 
 def layers_text(layers: Iterable[Any]) -> str:

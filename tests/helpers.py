@@ -47,6 +47,18 @@ def run_fused(model: nn.Module, x: Tensor, winograd: Literal["auto", "off"] = "a
     return actual
 
 
+def assert_rounds_as_eager(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    """In a 16-bit type the fused result is no further from float64 than eager's, up to a quarter of a rounding."""
+    model, x = model.to(dtype), x.to(dtype)
+    fused = fastseq.optimize(model)
+    with torch.no_grad():
+        actual, eager = fused(x), model(x)
+        exact = model.double()(x.double())
+    assert (actual.dtype, actual.stride()) == (dtype, eager.stride()) and not fastseq.stats(fused)["fallbacks"]
+    error, eager_error = ((result.double() - exact).norm() / exact.norm() for result in (actual, eager))
+    assert error <= 1.25 * eager_error + torch.finfo(dtype).eps / 4
+
+
 def assert_was_fused(fused: nn.Module) -> None:
     counters = fastseq.stats(fused)
     assert counters["fused_calls"] > 0, counters

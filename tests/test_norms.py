@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers import (
     ISAS,
     assert_eagers_error,
+    assert_rounds_as_eager,
     assert_same_bits_however_called,
     kernels_used,
     one_thread,  # noqa: F401
@@ -158,15 +159,7 @@ def test_a_large_map_on_several_threads() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @each_model
 def test_16_bit_models(name: str, dtype: torch.dtype) -> None:
-    model, x = make(name)
-    model, x = model.to(dtype), x.to(dtype)
-    fused = fastseq.optimize(model)
-    with torch.no_grad():
-        actual, eager = fused(x), model(x)
-        exact = model.double()(x.double())
-    assert (actual.dtype, actual.stride()) == (dtype, eager.stride()) and not fastseq.stats(fused)["fallbacks"]
-    error, eager_error = ((result.double() - exact).norm() / exact.norm() for result in (actual, eager))
-    assert error <= 1.25 * eager_error + torch.finfo(dtype).eps / 4
+    assert_rounds_as_eager(*make(name), dtype)
 
 
 @pytest.mark.parametrize("name", ["mixer block", "linear norm", "groups between", "norm of a map's features"])

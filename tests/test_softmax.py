@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import (
     ISAS,
     assert_eagers_error,
+    assert_rounds_as_eager,
     kernels_used,
     one_thread,  # noqa: F401
     run_fused,
@@ -95,15 +96,7 @@ def test_special_values_and_sizes(kind: type[nn.Module], features: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["behind linear", "between", "of a map", "first", "wide"])
 def test_16_bit_models(name: str, dtype: torch.dtype) -> None:
-    model, x = make(name)
-    model, x = model.to(dtype), x.to(dtype)
-    fused = fastseq.optimize(model)
-    with torch.no_grad():
-        actual, eager = fused(x), model(x)
-        exact = model.double()(x.double())
-    assert (actual.dtype, actual.stride()) == (dtype, eager.stride()) and not fastseq.stats(fused)["fallbacks"]
-    error, eager_error = ((result.double() - exact).norm() / exact.norm() for result in (actual, eager))
-    assert error <= 1.25 * eager_error + torch.finfo(dtype).eps / 4
+    assert_rounds_as_eager(*make(name), dtype)
 
 
 @pytest.mark.parametrize("shape", [(20,), (2, 5, 20), (2, 3, 4, 20), (0, 20)], ids=str)
