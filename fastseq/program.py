@@ -152,8 +152,8 @@ class TrialProgram(StepwiseProgram):
 
 # Eager must save this share of a run's time: less may be noise.
 WORTHWHILE = 0.03
-# The two take turns, with so many seconds each. The shortest time of each counts, to which what else the machine does adds
-# nothing. The race is over when the first is this much faster.
+# The two take turns, with so many seconds each. The shortest time of each counts, to which what else the machine does
+# adds nothing. The race is over when the first is this much faster.
 ROUNDS, LONGEST_ROUNDS, MIN_ROUNDS, BLOCK_SECONDS, LONG_SECONDS, CLEARLY = 15, 5, 3, 2e-4, 1e-2, 0.8
 
 
