@@ -47,6 +47,8 @@ def reduce(choices: Sequence[int], fails: Callable[[Case], bool], seconds: float
                 if not attempt(kept[:start] + kept[start + size :]):
                     start += max(1, size // 24)
         for index in range(len(kept)):
+            if index >= len(kept):  # it has become shorter
+                break
             for lower in (0, kept[index] // 2, kept[index] - 1):
                 while index < len(kept) and 0 <= lower < kept[index]:
                     if not attempt([*kept[:index], lower, *kept[index + 1 :]]):
